@@ -1,0 +1,49 @@
+"""The messages two nodes exchange about their link itself."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+
+from voidbus.transport.message import Message
+
+
+class Hello(Message, tag="link.hello"):
+    """A leaf presents itself. `token` proves, on the work endpoint, that it is the node it says."""
+
+    node: str
+    instance: int
+    generation: int = 0
+    token: str = Field(default="", repr=False)
+    pid: int = 0
+    start_time: int = 0
+
+
+class Welcome(Message, tag="link.welcome"):
+    """The hub takes the link. `now` is bus time; `boot` says whose monotonic clock it is."""
+
+    hub: str
+    instance: int
+    now: float
+    boot: str
+
+
+class Refused(Message, tag="link.refused"):
+    """The hub does not take the link, for good; a refused run process ends itself."""
+
+    detail: str
+
+
+class Subscribed(Message, tag="link.subscribed"):
+    """A mark: `Kind.MARK` on a topic says what its last number was when a subscriber joined."""
+
+
+@cache
+def boot_identity() -> str:
+    """What tells this boot of this machine from any other (proc(5), random/boot_id)."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""

@@ -1,0 +1,304 @@
+"""Asks and deliveries: how a question ends, whoever asked and wherever the answer comes from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import Protocol
+
+from voidbus.transport.fault import BusError, Fault, FaultReason
+from voidbus.transport.message import Message, Right
+
+_allocate_lock = threading.Lock
+_monotonic = time.monotonic
+
+
+class Ask:
+    """A question under way. It ends exactly once: with a reply, a fault, or at its deadline.
+
+    `deadline` is on this process's monotonic clock. Any thread may wait for it; `on_end`, when
+    given, is called once by whichever thread ends it and must be quick.
+    """
+
+    __slots__ = ("_claim", "_waiter", "address", "attachments", "deadline", "on_end", "outcome")
+
+    def __init__(
+        self, address: str, deadline: float, on_end: Callable[[Ask], None] | None = None
+    ) -> None:
+        self.address = address
+        self.deadline = deadline
+        self.outcome: Message | None = None
+        self.attachments: Sequence[bytes] = ()
+        self.on_end = on_end
+        # Two bare locks, half the cost of the Condition in pykka's future: whoever gets the claim
+        # ends the ask, and the waiter is held until then.
+        self._claim = _allocate_lock()
+        self._waiter = _allocate_lock()
+        self._waiter.acquire()
+
+    def end(self, outcome: Message, attachments: Sequence[bytes] = ()) -> bool:
+        """Give the outcome. False, and no effect, where the ask has ended already."""
+        if not self._claim.acquire(False):
+            return False
+        self.attachments = attachments
+        self.outcome = outcome
+        self._waiter.release()
+        if self.on_end is not None:
+            self.on_end(self)
+        return True
+
+    @property
+    def ended(self) -> bool:
+        return self.outcome is not None
+
+    def wait(self) -> Message:
+        """The reply or the Fault; at the deadline, a Fault that says so."""
+        if self.outcome is None:
+            if self._waiter.acquire(timeout=max(0.0, self.deadline - _monotonic())):
+                self._waiter.release()
+            else:
+                self.end(
+                    Fault(
+                        reason=FaultReason.EXPIRED,
+                        detail="no reply before the deadline",
+                        address=self.address,
+                    )
+                )
+        # Whoever ended it stores the outcome before releasing the waiter.
+        while self.outcome is None:
+            if self._waiter.acquire(timeout=1.0):
+                self._waiter.release()
+        return self.outcome
+
+    def result(self) -> Message:
+        """The reply. Raises BusError with the fault where there was one."""
+        outcome = self.wait()
+        if isinstance(outcome, Fault):
+            raise BusError(outcome)
+        return outcome
+
+
+class Delivery:
+    """A message at its receiver, with what is known of where it came from.
+
+    `right` is the right of the link it came in by; None where it was sent inside this node.
+    """
+
+    __slots__ = (
+        "_answer",
+        "attachments",
+        "deadline",
+        "generation",
+        "key",
+        "message",
+        "path",
+        "right",
+        "sender",
+        "trace",
+        "wants_reply",
+    )
+
+    def __init__(
+        self,
+        path: str,
+        sender: str,
+        message: Message,
+        *,
+        attachments: Sequence[bytes] = (),
+        deadline: float,
+        key: str = "",
+        trace: str = "",
+        generation: int = 0,
+        right: Right | None = None,
+        answer: Callable[[Message, Sequence[bytes]], object] | None = None,
+    ) -> None:
+        self.path = path
+        self.sender = sender
+        self.message = message
+        self.attachments = attachments
+        self.deadline = deadline
+        self.key = key
+        self.trace = trace
+        self.generation = generation
+        self.right = right
+        self.wants_reply = answer is not None
+        self._answer = answer
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed, so that nobody waits for this any more."""
+        return _monotonic() >= self.deadline
+
+    def reply(self, message: Message, attachments: Sequence[bytes] = ()) -> None:
+        """Answer an ask. A second answer, or one to a tell, has no effect."""
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer(message, attachments)
+
+    def fail(self, reason: FaultReason, detail: str) -> None:
+        """Answer with a fault."""
+        self.reply(Fault(reason=reason, detail=detail, address=self.path))
+
+
+class Receiver(Protocol):
+    """What a node delivers to. `deliver` is called on any thread and must not block."""
+
+    def deliver(self, delivery: Delivery) -> FaultReason | None:
+        """Take the message, or say why not."""
+
+
+class DeadlineWheel:
+    """Which asks end when: buckets of 50 ms, so that a million short asks cost no heap of timers.
+
+    Not thread-safe; PendingAsks holds the lock.
+    """
+
+    TICK = 0.05
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, set[int]] = {}
+        self._order: list[int] = []
+
+    def add(self, number: int, deadline: float) -> bool:
+        """Add an ask. True where its bucket is now the earliest one."""
+        slot = int(deadline / self.TICK) + 1
+        bucket = self._buckets.get(slot)
+        if bucket is not None:
+            bucket.add(number)
+            return False
+        self._buckets[slot] = {number}
+        heappush(self._order, slot)
+        return self._order[0] == slot
+
+    def discard(self, number: int, deadline: float) -> None:
+        slot = int(deadline / self.TICK) + 1
+        bucket = self._buckets.get(slot)
+        if bucket is not None:
+            bucket.discard(number)
+            if not bucket:
+                del self._buckets[slot]
+
+    def next_at(self) -> float | None:
+        """When `due` will next have something; None where nothing waits."""
+        while self._order and self._order[0] not in self._buckets:
+            heappop(self._order)
+        return self._order[0] * self.TICK if self._order else None
+
+    def due(self, now: float) -> list[int]:
+        """Take out every ask whose bucket has passed."""
+        numbers: list[int] = []
+        current = int(now / self.TICK)
+        while self._order and self._order[0] <= current:
+            numbers.extend(self._buckets.pop(heappop(self._order), ()))
+        return numbers
+
+
+class PendingAsks:
+    """The asks a node waits for, by number, with their deadlines. Thread-safe and bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._asks: dict[int, tuple[str, Ask]] = {}
+        self._wheel = DeadlineWheel()
+
+    def __len__(self) -> int:
+        return len(self._asks)
+
+    def add(self, number: int, node: str, ask: Ask) -> bool | None:
+        """Wait for `ask` of `node`. None: the table is full. True: the sleeper must wake."""
+        with self._lock:
+            if len(self._asks) >= self._limit:
+                return None
+            self._asks[number] = (node, ask)
+            return self._wheel.add(number, ask.deadline)
+
+    def take(self, number: int, node: str | None = None) -> Ask | None:
+        """Stop waiting and return the ask; None where it isn't waited for, or not of `node`."""
+        with self._lock:
+            found = self._asks.get(number)
+            if found is None or (node is not None and found[0] != node):
+                return None
+            del self._asks[number]
+            self._wheel.discard(number, found[1].deadline)
+            return found[1]
+
+    def take_nodes(self, chosen: Callable[[str], bool]) -> list[Ask]:
+        """Stop waiting for everything asked of the nodes that are `chosen`."""
+        with self._lock:
+            numbers = [number for number, (node, _) in self._asks.items() if chosen(node)]
+            taken = []
+            for number in numbers:
+                _, ask = self._asks.pop(number)
+                self._wheel.discard(number, ask.deadline)
+                taken.append(ask)
+            return taken
+
+    def take_due(self, now: float) -> list[Ask]:
+        with self._lock:
+            due = self._wheel.due(now)
+            return [self._asks.pop(number)[1] for number in due if number in self._asks]
+
+    def next_at(self) -> float | None:
+        with self._lock:
+            return self._wheel.next_at()
+
+
+class ReplyStore:
+    """The replies to commands, so that a repeat is answered and not carried out again.
+
+    Bounded by count and by age; used by one actor, from its own thread only.
+    """
+
+    def __init__(self, limit: int, ttl: float) -> None:
+        self._limit = limit
+        self._ttl = ttl
+        self._entries: OrderedDict[str, _Stored] = OrderedDict()
+        self.repeats = 0
+
+    def begin(self, key: str, delivery: Delivery, now: float) -> bool:
+        """Note a command. False where it is a repeat, which then gets the first one's reply."""
+        self._forget(now)
+        stored = self._entries.get(key)
+        if stored is None:
+            self._entries[key] = _Stored(now)
+            return True
+        self.repeats += 1
+        if stored.reply is not None:
+            delivery.reply(*stored.reply)
+        elif len(stored.waiting) < 64:
+            stored.waiting.append(delivery)
+        else:
+            delivery.fail(FaultReason.OVERLOADED, "64 repeats of this command wait already")
+        return False
+
+    def finish(self, key: str, reply: Message, attachments: Sequence[bytes]) -> None:
+        """Store the reply and give it to the repeats that came meanwhile."""
+        stored = self._entries.get(key)
+        if stored is None:
+            return
+        stored.reply = (reply, attachments)
+        waiting, stored.waiting = stored.waiting, []
+        for delivery in waiting:
+            delivery.reply(reply, attachments)
+
+    def _forget(self, now: float) -> None:
+        while self._entries:
+            oldest = next(iter(self._entries))
+            over = len(self._entries) >= self._limit
+            if not over and self._entries[oldest].since + self._ttl > now:
+                return
+            for delivery in self._entries.pop(oldest).waiting:
+                delivery.fail(FaultReason.OVERLOADED, "the command was forgotten before it ended")
+
+
+class _Stored:
+    __slots__ = ("reply", "since", "waiting")
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.reply: tuple[Message, Sequence[bytes]] | None = None
+        self.waiting: list[Delivery] = []

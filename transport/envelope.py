@@ -1,0 +1,198 @@
+"""Envelopes as ZeroMQ frames: destination, header, body, then raw attachments.
+
+The header is binary: a fixed part and four NUL-separated strings. A JSON header cost 5 us a
+message each way, this one 1.3 us, and there are four of them in an ask across processes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+from voidbus.transport.address import Address, AddressError, parse_address
+
+WIRE_VERSION = 1
+
+HEADER_LIMIT = 2 * 1024
+BODY_LIMIT = 4 * 1024 * 1024
+ATTACHMENT_LIMIT = 16 * 1024 * 1024
+ATTACHMENTS_LIMIT = 16
+TOTAL_LIMIT = 32 * 1024 * 1024
+
+# magic, wire version, kind, origin, sequence, deadline, generation, message version
+_FIXED = struct.Struct("!2sBBQQdIH")
+_MAGIC = b"vb"
+
+
+class Kind(IntEnum):
+    """What an envelope is for. HELLO to BYE are between two nodes and reach no actor."""
+
+    TELL = 1
+    ASK = 2
+    REPLY = 3
+    FAULT = 4
+    PUBLISH = 5
+    MARK = 6
+    HELLO = 7
+    WELCOME = 8
+    REFUSED = 9
+    UNKNOWN_LINK = 10
+    PING = 11
+    PONG = 12
+    BYE = 13
+
+
+class FrameError(ValueError):
+    """Frames that are no envelope."""
+
+
+class Envelope:
+    """One message on the wire.
+
+    `origin` and `sequence` identify it: the sending node's random instance number and its own
+    counter (for PUBLISH and MARK: the topic's epoch and sequence number). A reply or fault bears
+    the numbers of what it answers. `deadline` is seconds of bus time (the hub's monotonic clock);
+    0 where there is none. `key` marks a repeat of the same command. `body` is JSON.
+    """
+
+    __slots__ = (
+        "attachments",
+        "body",
+        "deadline",
+        "dest",
+        "generation",
+        "key",
+        "kind",
+        "origin",
+        "sender",
+        "sequence",
+        "tag",
+        "trace",
+        "version",
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        dest: str,
+        sender: str,
+        *,
+        origin: int = 0,
+        sequence: int = 0,
+        tag: str = "",
+        version: int = 1,
+        deadline: float = 0.0,
+        generation: int = 0,
+        key: str = "",
+        trace: str = "",
+        body: bytes = b"",
+        attachments: Sequence[bytes] = (),
+    ) -> None:
+        self.kind = kind
+        self.dest = dest
+        self.sender = sender
+        self.origin = origin
+        self.sequence = sequence
+        self.tag = tag
+        self.version = version
+        self.deadline = deadline
+        self.generation = generation
+        self.key = key
+        self.trace = trace
+        self.body = body
+        self.attachments = attachments
+
+    def frames(self) -> list[bytes]:
+        """The frames to send. Raises FrameError when a part is over its limit."""
+        header = (
+            _FIXED.pack(
+                _MAGIC,
+                WIRE_VERSION,
+                self.kind,
+                self.origin,
+                self.sequence,
+                self.deadline,
+                self.generation,
+                self.version,
+            )
+            + f"{self.tag}\0{self.sender}\0{self.key}\0{self.trace}".encode()
+        )
+        if len(header) > HEADER_LIMIT:
+            raise FrameError(f"header of {len(header)} bytes is over {HEADER_LIMIT}")
+        if len(self.body) > BODY_LIMIT:
+            raise FrameError(
+                f"{self.tag} has a body of {len(self.body)} bytes, over {BODY_LIMIT}; "
+                "send bulk data as attachments"
+            )
+        if not self.attachments:
+            return [self.dest.encode(), header, self.body]
+        frames = [self.dest.encode(), header, self.body, *self.attachments]
+        _check_attachments(frames)
+        return frames
+
+    @property
+    def size(self) -> int:
+        """Bytes of body and attachments, for queue bounds."""
+        if not self.attachments:
+            return len(self.body)
+        return len(self.body) + sum(map(len, self.attachments))
+
+
+def _check_attachments(frames: Sequence[bytes]) -> None:
+    if len(frames) - 3 > ATTACHMENTS_LIMIT:
+        raise FrameError(f"{len(frames) - 3} attachments, over {ATTACHMENTS_LIMIT}")
+    if any(len(frame) > ATTACHMENT_LIMIT for frame in frames[3:]):
+        raise FrameError(f"an attachment is over {ATTACHMENT_LIMIT} bytes")
+    if sum(map(len, frames)) > TOTAL_LIMIT:
+        raise FrameError(f"the message is over {TOTAL_LIMIT} bytes")
+
+
+def read_envelope(frames: Sequence[bytes]) -> Envelope:
+    """Read frames from anywhere. Raises FrameError, and nothing else, on bytes that don't parse."""
+    if len(frames) < 3:
+        raise FrameError(f"{len(frames)} frames; an envelope has at least 3")
+    dest, header, body = frames[0], frames[1], frames[2]
+    if len(header) > HEADER_LIMIT or len(header) < _FIXED.size or len(dest) > HEADER_LIMIT:
+        raise FrameError("destination or header has an impossible size")
+    if len(body) > BODY_LIMIT:
+        raise FrameError(f"body of {len(body)} bytes is over {BODY_LIMIT}")
+    if len(frames) > 3:
+        _check_attachments(frames)
+    magic, wire, kind, origin, sequence, deadline, generation, version = _FIXED.unpack_from(header)
+    if magic != _MAGIC:
+        raise FrameError("not an envelope")
+    if wire != WIRE_VERSION:
+        raise FrameError(f"wire version {wire}; this node speaks {WIRE_VERSION}")
+    if not 0.0 <= deadline < 1e12:  # a NaN fails both comparisons
+        raise FrameError("the deadline is not a time")
+    try:
+        tag, sender, key, trace = header[_FIXED.size :].decode().split("\0")
+        return Envelope(
+            _KINDS[kind],
+            dest.decode(),
+            sender,
+            origin=origin,
+            sequence=sequence,
+            tag=tag,
+            version=version,
+            deadline=deadline,
+            generation=generation,
+            key=key,
+            trace=trace,
+            body=body,
+            attachments=frames[3:],
+        )
+    except (ValueError, KeyError):
+        raise FrameError("header fields do not parse") from None
+
+
+def destination(envelope: Envelope) -> Address:
+    """The address an envelope is for. Raises FrameError."""
+    try:
+        return parse_address(envelope.dest)
+    except AddressError as error:
+        raise FrameError(str(error)) from None
+
+
+_KINDS = {int(kind): kind for kind in Kind}

@@ -1,0 +1,372 @@
+"""A leaf: a run process's or a client's node, with one link to the hub.
+
+The link is watched both ways: the socket monitor sees a connection end at once, a ping after
+`heartbeat` idle seconds finds one that only looks alive. A lost link ends every ask that waits on
+it, and is made again, for ever, until the node is closed or the hub refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from voidbus.transport.access import ClientKeys, require_safe
+from voidbus.transport.address import AddressError, parse_address
+from voidbus.transport.control import Hello, Refused, Welcome, boot_identity
+from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, FrameError, Kind
+from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.message import CodecError
+from voidbus.transport.node import Node, Subscription
+
+_monotonic = time.monotonic
+
+# While there is no link, a HELLO is sent this often (seconds): the monitor says when a connection
+# is made, but inproc has no monitor events and a hub may be slow to answer.
+_HELLO_INTERVAL = 0.25
+
+
+class Leaf(Node):
+    """A node with one link, to the hub at `url`.
+
+    `on_link(up)` and `on_refused(detail)` run on the node's thread and must not block.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        topics_url: str = "",
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        token: str = "",
+        generation: int = 0,
+        start_time: int = 0,
+        keys: ClientKeys | None = None,
+        on_link: Callable[[bool], None] | None = None,
+        on_refused: Callable[[str], None] | None = None,
+        queue_limit: int = 10_000,
+        queue_bytes: int = 64 * 1024 * 1024,
+        asks_limit: int = 10_000,
+        high_water: int = 10_000,
+        heartbeat: float = 30.0,
+    ) -> None:
+        for endpoint in filter(None, (url, topics_url)):
+            require_safe(endpoint, has_keys=keys is not None)
+        super().__init__(
+            name,
+            context=context,
+            queue_limit=queue_limit,
+            queue_bytes=queue_bytes,
+            asks_limit=asks_limit,
+        )
+        self._url = url
+        self._topics_url = topics_url
+        self._keys = keys
+        self._on_link = on_link
+        self._on_refused = on_refused
+        self._high_water = high_water
+        self._heartbeat = heartbeat
+        self.generation = generation
+        self._hello = Hello(
+            node=name,
+            instance=self.instance,
+            generation=generation,
+            token=token,
+            pid=os.getpid(),
+            start_time=start_time,
+        )
+        self._up = False
+        self._was_up = threading.Event()
+        self._refused = ""
+        self._hub_name = ""
+        self._clock_offset = 0.0
+        self._last_heard = _monotonic()
+        self._pinged_at = 0.0
+        self._hello_at: float | None = 0.0
+        self._dealer: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._sub: zmq.Socket[bytes] | None = None
+        self._start()
+
+    # -- what a user calls -----------------------------------------------------------------
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a link now."""
+        return self._up
+
+    @property
+    def refused(self) -> str:
+        """Why the hub refused this node, for good; empty where it did not."""
+        return self._refused
+
+    def wait_up(self, timeout: float) -> bool:
+        """Wait for the link, or for its refusal. True where there is a link."""
+        self._was_up.wait(timeout)
+        return self._up
+
+    # -- sockets ---------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        self._connect()
+
+    def _connect(self) -> None:
+        dealer = self._context.socket(zmq.DEALER)
+        self._prepare(dealer)
+        dealer.setsockopt(zmq.RECONNECT_IVL, 50)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        if not self._url.startswith("inproc:"):
+            # inproc connects before the hub binds only without IMMEDIATE, and has no monitor.
+            dealer.setsockopt(zmq.IMMEDIATE, 1)
+            self._monitor = dealer.get_monitor_socket(
+                zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            )
+        dealer.connect(self._url)
+        self._dealer = dealer
+
+    def _prepare(self, socket: zmq.Socket[bytes]) -> None:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, self._high_water)
+        socket.setsockopt(zmq.RCVHWM, self._high_water)
+        socket.setsockopt(zmq.MAXMSGSIZE, ATTACHMENT_LIMIT)
+        if self._keys is not None:
+            socket.curve_secretkey = self._keys.secret
+            socket.curve_publickey = self._keys.public
+            socket.curve_serverkey = self._keys.server
+
+    def _disconnect(self) -> None:
+        dealer, self._dealer = self._dealer, None
+        if dealer is None:
+            return
+        if self._monitor is not None:
+            dealer.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        dealer.close(linger=0)
+
+    def _shut(self) -> None:
+        if self._up and self._dealer is not None:
+            self._send(Envelope(Kind.BYE, f"{self._hub_name}/", f"{self.name}/"))
+            if self._monitor is not None:
+                self._dealer.disable_monitor()
+                self._monitor.close(linger=0)
+                self._monitor = None
+            # What was queued last leaves, unless the hub has not read it within 200 ms.
+            self._dealer.close(linger=200)
+            self._dealer = None
+        self._disconnect()
+        if self._sub is not None:
+            self._sub.close(linger=0)
+
+    def _poll_set(self) -> list[tuple[zmq.Socket[bytes] | int, int]]:
+        sources: list[tuple[zmq.Socket[bytes] | int, int]] = [
+            (socket, zmq.POLLIN)
+            for socket in (self._dealer, self._monitor, self._sub)
+            if socket is not None
+        ]
+        sources.append((self._wake_fd, zmq.POLLIN))
+        return sources
+
+    def _from_bus_time(self, moment: float) -> float:
+        return moment - self._clock_offset
+
+    # -- what comes in ---------------------------------------------------------------------
+
+    def _take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        if socket is self._monitor:
+            self._take_event(frames)
+            return
+        envelope = self._parse(frames)
+        if envelope is None:
+            return
+        if socket is self._sub:
+            self._publish_here(envelope)
+            return
+        self._last_heard = _monotonic()
+        kind = envelope.kind
+        if kind is Kind.REPLY or kind is Kind.FAULT:
+            self._take_answer(envelope, envelope.sender.partition("/")[0] or self._hub_name)
+        elif kind is Kind.ASK or kind is Kind.TELL:
+            self._take_message(envelope)
+        elif kind is Kind.WELCOME:
+            self._take_welcome(envelope)
+        elif kind is Kind.UNKNOWN_LINK:
+            self._lose_link("the hub was started again")
+        elif kind is Kind.BYE:
+            self._lose_link("the hub said goodbye")
+        elif kind is Kind.REFUSED:
+            self._take_refusal(envelope)
+        elif kind is not Kind.PONG:
+            self.counters["unexpected_kind"] += 1
+
+    def _take_event(self, frames: list[bytes]) -> None:
+        event = parse_monitor_message(frames)["event"]
+        if event == zmq.EVENT_DISCONNECTED:
+            self._lose_link("the connection to the hub ended")
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._up and not self._refused:
+            self._say_hello()
+
+    def _take_message(self, envelope: Envelope) -> None:
+        try:
+            address = parse_address(envelope.dest)
+        except AddressError:
+            self.counters["malformed"] += 1
+            return
+        if address.node != self.name:
+            self.counters["misrouted"] += 1
+        elif envelope.generation and envelope.generation != self.generation:
+            self._return(
+                envelope,
+                FaultReason.STALE,
+                f"meant for generation {envelope.generation}; this is {self.generation}",
+            )
+        else:
+            self._receive(envelope, address, None)
+
+    def _take_welcome(self, envelope: Envelope) -> None:
+        try:
+            welcome = Welcome.from_json(envelope.body)
+        except CodecError:
+            self.counters["malformed"] += 1
+            return
+        # On one boot of one machine both clocks are the same; elsewhere the hub's is as far ahead
+        # as it was when this was sent, wrong by the time it took to come.
+        same_clock = welcome.boot and welcome.boot == boot_identity()
+        self._clock_offset = 0.0 if same_clock else welcome.now - _monotonic()
+        self._hub_name = welcome.hub
+        if not self._up:
+            self._up = True
+            self._hello_at = None
+            self._was_up.set()
+            if self._on_link is not None:
+                self._on_link(True)
+
+    def _take_refusal(self, envelope: Envelope) -> None:
+        with contextlib.suppress(CodecError):
+            self._refused = Refused.from_json(envelope.body).detail or "refused"
+        self._refused = self._refused or "refused"
+        self._lose_link(f"the hub refused this node: {self._refused}")
+        self._hello_at = None
+        self._was_up.set()
+        if self._on_refused is not None:
+            self._on_refused(self._refused)
+
+    # -- what goes out ---------------------------------------------------------------------
+
+    def _transmit(self, envelope: Envelope) -> None:
+        if envelope.kind is Kind.PUBLISH:
+            self._publish_here(envelope)
+        if self._up:
+            # Deadlines travel in the hub's time.
+            if envelope.deadline and envelope.kind in (Kind.ASK, Kind.TELL):
+                envelope.deadline += self._clock_offset
+            fault = self._send(envelope)
+        else:
+            fault = (FaultReason.LINK_LOST, self._refused or "there is no link to the hub")
+        if fault is None:
+            return
+        if envelope.kind is Kind.ASK:
+            ask = self._asks.take(envelope.sequence)
+            if ask is not None:
+                self._fail_ask(ask, *fault)
+        elif envelope.kind is Kind.TELL:
+            self.counters[f"fault_{fault[0].value}"] += 1
+            self._take_returned_tell(
+                Envelope(Kind.FAULT, envelope.sender, envelope.dest, origin=self.instance),
+                Fault(reason=fault[0], detail=fault[1], address=envelope.dest),
+            )
+        elif envelope.kind is Kind.PUBLISH:
+            self.counters["publications_dropped"] += 1
+        else:
+            self.counters["replies_dropped"] += 1
+
+    def _send(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
+        if self._dealer is None:
+            return FaultReason.LINK_LOST, "there is no link to the hub"
+        try:
+            self._dealer.send_multipart(envelope.frames(), zmq.NOBLOCK)
+        except zmq.Again:
+            self.counters["link_full"] += 1
+            return FaultReason.OVERLOADED, "the link to the hub is full"
+        except FrameError as error:
+            return FaultReason.TOO_LARGE, str(error)
+        return None
+
+    def _say_hello(self) -> None:
+        self._hello_at = _monotonic() + _HELLO_INTERVAL
+        self._send(
+            Envelope(
+                Kind.HELLO,
+                "hub/",
+                f"{self.name}/",
+                tag=Hello.tag,
+                version=Hello.version,
+                body=self._hello.to_json(),
+            )
+        )
+
+    def _lose_link(self, detail: str) -> None:
+        was_up, self._up = self._up, False
+        self._was_up.clear()
+        if not self._refused:
+            self._hello_at = _monotonic()
+        if was_up:
+            self.counters["links_lost"] += 1
+            for ask in self._asks.take_nodes(lambda node: node != self.name):
+                self._fail_ask(ask, FaultReason.LINK_LOST, detail)
+            if self._on_link is not None:
+                self._on_link(False)
+
+    # -- timers ----------------------------------------------------------------------------
+
+    def _timer_at(self) -> float | None:
+        if self._refused:
+            return None
+        if not self._up:
+            return self._hello_at
+        # The next moment at which there is something to do about a quiet link.
+        return max(self._last_heard, self._pinged_at) + self._heartbeat
+
+    def _on_timer(self, now: float) -> None:
+        if self._refused:
+            return
+        if not self._up:
+            if self._hello_at is not None and now >= self._hello_at:
+                self._say_hello()
+            return
+        quiet = now - self._last_heard
+        if quiet >= 2.5 * self._heartbeat:
+            self.counters["silent_links"] += 1
+            self._lose_link("the hub fell silent")
+            self._disconnect()
+            self._connect()
+            self._last_heard = now
+        elif quiet >= self._heartbeat and now - self._pinged_at >= self._heartbeat:
+            self._pinged_at = now
+            self._send(Envelope(Kind.PING, f"{self._hub_name}/", f"{self.name}/"))
+
+    # -- subscriptions ---------------------------------------------------------------------
+
+    def _add_subscription(self, subscription: Subscription) -> None:
+        if not self._topics_url:
+            raise AddressError(f"node {self.name} has no topics endpoint")
+        if self._sub is None:
+            self._sub = self._context.socket(zmq.SUB)
+            self._prepare(self._sub)
+            self._sub.setsockopt(zmq.RECONNECT_IVL, 50)
+            self._sub.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+            self._sub.connect(self._topics_url)
+        self._subscriptions.append(subscription)
+        self._sub.setsockopt(zmq.SUBSCRIBE, subscription.prefix.encode())
+
+    def _remove_subscription(self, subscription: Subscription) -> None:
+        if subscription in self._subscriptions:
+            self._subscriptions.remove(subscription)
+            if self._sub is not None:
+                self._sub.setsockopt(zmq.UNSUBSCRIBE, subscription.prefix.encode())

@@ -1,0 +1,579 @@
+"""A node: one process's place on the bus. One thread owns its sockets.
+
+`Hub` and `Leaf` are the two kinds. What they share is here: receivers, asks, tells, publications,
+the outbound queue and the thread that polls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import zmq
+
+from voidbus.transport.address import Address, parse_address
+from voidbus.transport.delivery import Ask, Delivery, PendingAsks, Receiver
+from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, FrameError, Kind, read_envelope
+from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
+from voidbus.transport.topics import (
+    OnGap,
+    OnPublication,
+    Publication,
+    TopicSequencer,
+    TopicTracker,
+    Verdict,
+)
+
+_monotonic = time.monotonic
+
+# Frames read from one socket before the others get their turn.
+_BURST = 256
+
+
+class Subscription:
+    """A subscriber's hold on every topic that begins with `prefix`. Close it with `cancel`."""
+
+    def __init__(
+        self, node: Node, prefix: str, on_publication: OnPublication, on_gap: OnGap | None
+    ) -> None:
+        self.prefix = prefix
+        self._node = node
+        self._on_publication = on_publication
+        self._on_gap = on_gap
+        self._trackers: dict[str, TopicTracker] = {}
+        self._ready = threading.Event()
+
+    @property
+    def lost(self) -> int:
+        """Publications known to be lost, over all topics."""
+        return sum(tracker.lost for tracker in list(self._trackers.values()))
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Wait until the publisher knows of it: from then on nothing is missed unseen."""
+        return self._ready.wait(timeout)
+
+    def cancel(self) -> None:
+        self._node.unsubscribe(self)
+
+    def take(self, envelope: Envelope) -> None:
+        """Account for a publication and pass it on. Runs on the node's thread; must not block."""
+        if envelope.kind is Kind.MARK and envelope.tag == "link.subscribed":
+            self._ready.set()
+            if not envelope.sequence:
+                return
+        topic = envelope.dest
+        tracker = self._trackers.get(topic)
+        if tracker is None:
+            if len(self._trackers) >= 65536:  # a hub that invents topics must not fill our memory
+                self._trackers.clear()
+            tracker = self._trackers[topic] = TopicTracker(topic)
+        mark = envelope.kind is Kind.MARK
+        verdict, gap = tracker.observe(envelope.origin, envelope.sequence, mark=mark)
+        if gap is not None and self._on_gap is not None:
+            self._on_gap(gap)
+        if mark or verdict is Verdict.DUPLICATE:
+            return
+        message = message_type(envelope.tag, envelope.version).from_json(envelope.body)
+        self._on_publication(Publication(topic, envelope.origin, envelope.sequence, message))
+
+
+class Node(ABC):
+    """What actors and clients use of the bus.
+
+    `counters` counts everything that was dropped, refused or late, by name; docs/messages.md
+    lists the names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        context: zmq.Context[zmq.Socket[bytes]] | None,
+        queue_limit: int,
+        queue_bytes: int,
+        asks_limit: int,
+    ) -> None:
+        self.name = name
+        self.instance = secrets.randbits(63)
+        self.counters: Counter[str] = Counter()
+        self._owns_context = context is None
+        self._context = context or zmq.Context()
+        self._numbers = count(1)
+        self._receivers: dict[str, Receiver] = {}
+        self._asks = PendingAsks(asks_limit)
+        self._outbound: deque[Envelope] = deque()
+        self._outbound_bytes = 0
+        self._queue_limit = queue_limit
+        self._queue_bytes = queue_bytes
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._waking = False
+        self._closing = False
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._sequencer = TopicSequencer()
+        self._publish_lock = threading.Lock()
+        self._subscriptions: list[Subscription] = []
+        self._thread = threading.Thread(target=self._run, name=f"bus-{name}", daemon=True)
+
+    # -- what a user of the bus calls ------------------------------------------------------
+
+    def attach(self, path: str, receiver: Receiver) -> None:
+        """Deliver what is for `path` to `receiver`. Raises ValueError where the path is taken."""
+        parse_address(f"{self.name}/{path}")
+        if self._receivers.setdefault(path, receiver) is not receiver:
+            raise ValueError(f"{self.name}/{path} is attached already")
+
+    def detach(self, path: str) -> None:
+        self._receivers.pop(path, None)
+
+    def ask(
+        self,
+        dest: Address | str,
+        message: Message,
+        *,
+        timeout: float,
+        sender: str = "",
+        attachments: Sequence[bytes] = (),
+        key: str = "",
+        trace: str = "",
+        generation: int = 0,
+        on_end: Callable[[Ask], None] | None = None,
+    ) -> Ask:
+        """Send a question that ends within `timeout` seconds, whatever happens.
+
+        `key` names a command so that a repeat of it is answered with the first one's reply.
+        Nothing is raised for what can go wrong on the way: that is the outcome.
+        """
+        address = parse_address(dest) if isinstance(dest, str) else dest
+        deadline = _monotonic() + timeout
+        if address.node == self.name:
+            ask = Ask(address.path, deadline, on_end)
+            if on_end is not None:
+                self._watch_deadline(ask, on_end)
+            delivery = Delivery(
+                address.path,
+                sender,
+                message,
+                attachments=attachments,
+                deadline=deadline,
+                key=key,
+                trace=trace,
+                answer=ask.end,
+            )
+            self._deliver_here(delivery)
+            return ask
+        ask = Ask(str(address), deadline, on_end)
+        number = next(self._numbers)
+        envelope = Envelope(
+            Kind.ASK,
+            str(address),
+            f"{self.name}/{sender}",
+            origin=self.instance,
+            sequence=number,
+            tag=message.tag,
+            version=message.version,
+            deadline=deadline,
+            generation=generation,
+            key=key,
+            trace=trace,
+            body=message.to_json(),
+            attachments=attachments,
+        )
+        must_wake = self._asks.add(number, address.node, ask)
+        if must_wake is None:
+            self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
+            return ask
+        fault = self._submit(envelope)
+        if fault is not None and self._asks.take(number):
+            self._fail_ask(ask, *fault)
+        return ask
+
+    def tell(
+        self,
+        dest: Address | str,
+        message: Message,
+        *,
+        timeout: float = 30.0,
+        sender: str = "",
+        attachments: Sequence[bytes] = (),
+        trace: str = "",
+        generation: int = 0,
+    ) -> FaultReason | None:
+        """Send a message nobody waits for. It is not handled after `timeout` seconds.
+
+        Returns the reason where it can't even leave; what happens later comes to `sender`
+        as a Fault.
+        """
+        address = parse_address(dest) if isinstance(dest, str) else dest
+        deadline = _monotonic() + timeout
+        if address.node == self.name:
+            return self._deliver_here(
+                Delivery(
+                    address.path,
+                    sender,
+                    message,
+                    attachments=attachments,
+                    deadline=deadline,
+                    trace=trace,
+                )
+            )
+        fault = self._submit(
+            Envelope(
+                Kind.TELL,
+                str(address),
+                f"{self.name}/{sender}",
+                origin=self.instance,
+                sequence=next(self._numbers),
+                tag=message.tag,
+                version=message.version,
+                deadline=deadline,
+                generation=generation,
+                trace=trace,
+                body=message.to_json(),
+                attachments=attachments,
+            )
+        )
+        return fault and fault[0]
+
+    def publish(self, topic: str, message: Message) -> int:
+        """Publish to whoever subscribes. Returns the publication's number on its topic."""
+        with self._publish_lock:  # numbers leave in their order
+            number = self._sequencer.next(topic)
+            envelope = Envelope(
+                Kind.PUBLISH,
+                topic,
+                f"{self.name}/",
+                origin=self.instance,
+                sequence=number,
+                tag=message.tag,
+                version=message.version,
+                body=message.to_json(),
+            )
+            if self._submit(envelope) is not None:
+                self.counters["publications_dropped"] += 1
+            return number
+
+    def retire_topic(self, topic: str) -> None:
+        """Forget a topic nothing more is published on."""
+        with self._publish_lock:
+            self._sequencer.retire(topic)
+
+    def subscribe(
+        self, prefix: str, on_publication: OnPublication, on_gap: OnGap | None = None
+    ) -> Subscription:
+        """Get every publication on topics that begin with `prefix`, on the node's thread.
+
+        `on_gap` is the catch-up hook: it is told which numbers were lost, to fetch them elsewhere.
+        """
+        subscription = Subscription(self, prefix, on_publication, on_gap)
+        self._call(lambda: self._add_subscription(subscription))
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        self._call(lambda: self._remove_subscription(subscription))
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Send what is queued, end every ask, close the sockets, join the thread. Idempotent."""
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closing = True
+            if self._thread.ident is not None:
+                self._wake()
+                self._thread.join(timeout)
+                if self._thread.is_alive():
+                    raise TimeoutError(f"node {self.name}: its thread did not end in {timeout} s")
+            self._closed = True
+            os.close(self._wake_fd)
+            if self._owns_context:
+                self._context.term()
+        for ask in self._asks.take_nodes(lambda _: True):
+            self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
+
+    # -- delivery inside the node ----------------------------------------------------------
+
+    def _deliver_here(self, delivery: Delivery) -> FaultReason | None:
+        receiver = self._receivers.get(delivery.path)
+        reason = FaultReason.NO_SUCH_ACTOR if receiver is None else receiver.deliver(delivery)
+        if reason is not None:
+            self.counters[f"fault_{reason.value}"] += 1
+            delivery.fail(reason, _DETAILS.get(reason, "the receiver did not take it"))
+        return reason
+
+    def _watch_deadline(self, ask: Ask, on_end: Callable[[Ask], None]) -> None:
+        """Let the node's thread end an ask inside this node for which no thread waits."""
+        number = next(self._numbers)
+
+        def forget(ended: Ask) -> None:
+            self._asks.take(number)
+            on_end(ended)
+
+        ask.on_end = forget
+        must_wake = self._asks.add(number, self.name, ask)
+        if must_wake is None:
+            self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
+        elif must_wake:
+            self._wake()
+
+    def _fail_ask(self, ask: Ask, reason: FaultReason, detail: str) -> None:
+        if ask.end(Fault(reason=reason, detail=detail, address=ask.address)):
+            self.counters[f"fault_{reason.value}"] += 1
+
+    def _receive(self, envelope: Envelope, address: Address, right: Right | None) -> None:
+        """Deliver an ASK or TELL from another node to its receiver here."""
+        now = _monotonic()
+        deadline = self._from_bus_time(envelope.deadline)
+        if deadline <= now:
+            self._return(envelope, FaultReason.EXPIRED, "its deadline passed on the way")
+            return
+        try:
+            message = message_type(envelope.tag, envelope.version).from_json(envelope.body)
+        except UnknownType as error:
+            self._return(envelope, FaultReason.UNHANDLED, str(error))
+            return
+        except CodecError as error:
+            self._return(envelope, FaultReason.INVALID, str(error))
+            return
+        answer: Callable[[Message, Sequence[bytes]], object] | None = None
+        if envelope.kind is Kind.ASK:
+
+            def answer(reply: Message, attachments: Sequence[bytes]) -> None:
+                self._send_answer(envelope, reply, attachments)
+
+        delivery = Delivery(
+            address.path,
+            envelope.sender,
+            message,
+            attachments=envelope.attachments,
+            deadline=deadline,
+            key=envelope.key or f"{envelope.origin:x}-{envelope.sequence:x}",
+            trace=envelope.trace,
+            generation=envelope.generation,
+            right=right,
+            answer=answer,
+        )
+        reason = self._deliver_here(delivery)
+        if reason is not None and answer is None:
+            self._return(envelope, reason, _DETAILS.get(reason, "it was not taken"), counted=True)
+
+    def _send_answer(
+        self, asked: Envelope, reply: Message, attachments: Sequence[bytes] = ()
+    ) -> None:
+        envelope = Envelope(
+            Kind.FAULT if isinstance(reply, Fault) else Kind.REPLY,
+            asked.sender,
+            asked.dest,
+            origin=asked.origin,
+            sequence=asked.sequence,
+            tag=reply.tag,
+            version=reply.version,
+            deadline=asked.deadline,
+            trace=asked.trace,
+            body=reply.to_json(),
+            attachments=attachments,
+        )
+        fault = self._submit(envelope)
+        if fault is not None:
+            self.counters["replies_dropped"] += 1
+            if not isinstance(reply, Fault) and fault[0] is FaultReason.TOO_LARGE:
+                self._send_answer(
+                    asked, Fault(reason=fault[0], detail=fault[1], address=asked.dest)
+                )
+
+    def _return(
+        self, envelope: Envelope, reason: FaultReason, detail: str, *, counted: bool = False
+    ) -> None:
+        """Tell the sender of an ASK or TELL why it was not handled."""
+        if not counted:
+            self.counters[f"fault_{reason.value}"] += 1
+        if envelope.kind in (Kind.ASK, Kind.TELL):
+            self._send_answer(envelope, Fault(reason=reason, detail=detail, address=envelope.dest))
+
+    def _take_answer(self, envelope: Envelope, node: str) -> None:
+        """End the ask that `envelope`, a REPLY or FAULT from `node`, answers."""
+        ask = None
+        if envelope.origin == self.instance:
+            ask = self._asks.take(envelope.sequence, node)
+        try:
+            outcome = message_type(envelope.tag, envelope.version).from_json(envelope.body)
+        except CodecError as error:
+            self.counters["malformed"] += 1
+            outcome = Fault(reason=FaultReason.INVALID, detail=str(error), address=envelope.sender)
+        if ask is not None:
+            ask.end(outcome, envelope.attachments)
+        elif envelope.kind is Kind.FAULT and isinstance(outcome, Fault):
+            self._take_returned_tell(envelope, outcome)
+        else:
+            self.counters["late_replies"] += 1
+
+    def _take_returned_tell(self, envelope: Envelope, fault: Fault) -> None:
+        """A tell came back: its sender gets the fault as a message, if it still receives."""
+        self.counters["returned_tells"] += 1
+        path = envelope.dest.partition("/")[2]
+        receiver = self._receivers.get(path)
+        if receiver is not None and envelope.origin == self.instance:
+            receiver.deliver(Delivery(path, envelope.sender, fault, deadline=_monotonic() + 30.0))
+
+    # -- the outbound queue ----------------------------------------------------------------
+
+    def _submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
+        """Queue an envelope for the node's thread; a reason where that can't be."""
+        size = envelope.size
+        if size > ATTACHMENT_LIMIT:
+            try:
+                envelope.frames()
+            except FrameError as error:
+                return FaultReason.TOO_LARGE, str(error)
+        if self._closing:
+            return FaultReason.CLOSED, "this node was closed"
+        if (
+            len(self._outbound) >= self._queue_limit
+            or self._outbound_bytes + size > self._queue_bytes
+        ):
+            self.counters["outbound_full"] += 1
+            return FaultReason.OVERLOADED, "this node's outbound queue is full"
+        self._outbound_bytes += size
+        self._outbound.append(envelope)
+        if not self._waking:
+            self._wake()
+        return None
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Run `function` on the node's thread."""
+        if self._closing:
+            return
+        self._calls.append(function)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._waking = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    # -- the thread that owns the sockets --------------------------------------------------
+
+    def _start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._open()
+            self._loop()
+        finally:
+            self._shut()
+
+    def _loop(self) -> None:
+        while True:
+            timeout = self._milliseconds_to(self._next_timer())
+            try:
+                ready: list[tuple[Any, int]] = zmq.zmq_poll(self._poll_set(), timeout)
+            except zmq.error.ContextTerminated:
+                return
+            for source, _ in ready:
+                if isinstance(source, int):
+                    self._waking = False
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake_fd)
+                else:
+                    self._drain(source)
+            while self._calls:
+                self._calls.popleft()()
+            self._flush()
+            now = _monotonic()
+            for ask in self._asks.take_due(now):
+                self._fail_ask(ask, FaultReason.EXPIRED, "no reply before the deadline")
+            self._on_timer(now)
+            if self._closing and not self._outbound:
+                return
+
+    def _drain(self, socket: zmq.Socket[bytes]) -> None:
+        """Read up to a burst of messages from a socket."""
+        for _ in range(_BURST):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take_frames(socket, frames)
+
+    def _flush(self) -> None:
+        for _ in range(len(self._outbound)):
+            envelope = self._outbound.popleft()
+            self._outbound_bytes -= envelope.size
+            self._transmit(envelope)
+
+    def _milliseconds_to(self, moment: float | None) -> int:
+        if self._closing:
+            return 0
+        if moment is None:
+            return -1
+        return max(0, int((moment - _monotonic()) * 1000) + 1)
+
+    def _next_timer(self) -> float | None:
+        moments = [m for m in (self._asks.next_at(), self._timer_at()) if m is not None]
+        return min(moments) if moments else None
+
+    def _parse(self, frames: Sequence[bytes]) -> Envelope | None:
+        try:
+            return read_envelope(frames)
+        except FrameError:
+            self.counters["malformed"] += 1
+            return None
+
+    def _publish_here(self, envelope: Envelope) -> None:
+        for subscription in self._subscriptions:
+            if envelope.dest.startswith(subscription.prefix):
+                try:
+                    subscription.take(envelope)
+                except CodecError:
+                    self.counters["malformed"] += 1
+
+    # -- what hub and leaf do differently --------------------------------------------------
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Open the sockets, on the node's thread."""
+
+    @abstractmethod
+    def _shut(self) -> None:
+        """Close the sockets, in a fixed order, on the node's thread."""
+
+    @abstractmethod
+    def _poll_set(self) -> list[tuple[zmq.Socket[bytes] | int, int]]: ...
+
+    @abstractmethod
+    def _take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None: ...
+
+    @abstractmethod
+    def _transmit(self, envelope: Envelope) -> None: ...
+
+    @abstractmethod
+    def _timer_at(self) -> float | None: ...
+
+    @abstractmethod
+    def _on_timer(self, now: float) -> None: ...
+
+    @abstractmethod
+    def _add_subscription(self, subscription: Subscription) -> None: ...
+
+    @abstractmethod
+    def _remove_subscription(self, subscription: Subscription) -> None: ...
+
+    @abstractmethod
+    def _from_bus_time(self, moment: float) -> float:
+        """A bus time as this process's monotonic time."""
+
+
+_DETAILS = {
+    FaultReason.NO_SUCH_ACTOR: "nothing receives at this address",
+    FaultReason.MAILBOX_FULL: "the receiver's mailbox is full",
+    FaultReason.MAILBOX_CLOSED: "the receiver has stopped",
+}
