@@ -1,1 +1,4 @@
+"""The run specification and the supervisor's configuration.
 
+`loader` reads a run specification, `supervisor` the configuration; import the module you need.
+"""

@@ -138,6 +138,17 @@ class Delivery:
         if answer is not None:
             answer(message, attachments)
 
+    def tap(self, observe: Callable[[Message, Sequence[bytes]], None]) -> None:
+        """Let `observe` see the answer when it is given."""
+        answer = self._answer
+
+        def observed(message: Message, attachments: Sequence[bytes]) -> None:
+            observe(message, attachments)
+            if answer is not None:
+                answer(message, attachments)
+
+        self._answer = observed
+
     def fail(self, reason: FaultReason, detail: str) -> None:
         """Answer with a fault."""
         self.reply(Fault(reason=reason, detail=detail, address=self.path))

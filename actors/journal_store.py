@@ -1,0 +1,282 @@
+"""The journal's database: SQLite in WAL mode, one writer.
+
+Every change is one transaction, so a crash leaves a run before a batch or after it. WAL with
+`synchronous=NORMAL` keeps what was committed through a crash of the process; a power cut may cost
+the last moments (https://www.sqlite.org/wal.html).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from voidbus.actors.messages.journal import AppendEvents, CreateRun, ProcessRecord
+from voidbus.actors.messages.runs import RunEvent, RunState
+from voidbus.sidecar.model import Intent
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE runs (
+    id TEXT PRIMARY KEY,
+    created INTEGER NOT NULL,
+    active INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    process TEXT NOT NULL,
+    intents TEXT NOT NULL DEFAULT '[]'
+) STRICT;
+CREATE INDEX runs_by_activity ON runs (active, created);
+CREATE TABLE events (
+    run_id TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
+    seq INTEGER NOT NULL,
+    stream TEXT,
+    body TEXT NOT NULL,
+    PRIMARY KEY (run_id, seq)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class JournalError(Exception):
+    """The journal could not be read or written; the text says why and what to do."""
+
+
+class NoSuchRun(JournalError):
+    """The journal knows no run of that id."""
+
+
+class JournalConflict(JournalError):
+    """A change that doesn't fit what is there: a gap, an old generation, a run that has ended."""
+
+
+class JournalStore:
+    """Runs and events on disk. For one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._explained():
+            # Autocommit; transactions are begun where they begin.
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+        try:
+            with self._explained():
+                self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- changes ---------------------------------------------------------------------------
+
+    def create(self, run: CreateRun, now_ms: int) -> None:
+        """Journal a new run. Raises JournalConflict where its id is taken."""
+        with self._transaction():
+            try:
+                self._db.execute(
+                    "INSERT INTO runs (id, created, active, state, process) VALUES (?, ?, ?, ?, ?)",
+                    (
+                        run.state.id,
+                        now_ms,
+                        not run.state.status.terminal,
+                        _with_last_seq(run.state, len(run.events) - 1).model_dump_json(),
+                        run.process.model_dump_json(),
+                    ),
+                )
+            except sqlite3.IntegrityError:
+                raise JournalConflict(f"there is a run {run.state.id} already") from None
+            self._insert(run.state.id, run.events)
+
+    def record_process(self, run_id: str, process: ProcessRecord) -> None:
+        with self._transaction():
+            state = self.run(run_id)
+            state = state.model_copy(
+                update={"generation": process.generation, "run_process": process.pid or None}
+            )
+            self._db.execute(
+                "UPDATE runs SET process = ?, state = ? WHERE id = ?",
+                (process.model_dump_json(), state.model_dump_json(), run_id),
+            )
+
+    def append(self, batch: AppendEvents) -> tuple[RunState, tuple[RunEvent, ...]]:
+        """Append a batch; the run's new state and the events that were new.
+
+        Raises NoSuchRun, or JournalConflict for a gap, an old generation or an ended run.
+        """
+        with self._transaction():
+            state = self.run(batch.run_id)
+            fresh = tuple(event for event in batch.events if event.seq > state.last_seq)
+            if state.status.terminal:
+                if not fresh:
+                    return state, ()
+                raise JournalConflict(f"run {batch.run_id} has ended; it takes no more events")
+            if batch.generation != state.generation:
+                raise JournalConflict(
+                    f"run {batch.run_id} is at generation {state.generation}, not "
+                    f"{batch.generation}"
+                )
+            for expected, event in enumerate(fresh, state.last_seq + 1):
+                if event.seq != expected:
+                    raise JournalConflict(
+                        f"run {batch.run_id}: event {event.seq} would leave a gap after "
+                        f"{expected - 1}"
+                    )
+            self._insert(batch.run_id, fresh)
+            state = _changed(state, batch, fresh)
+            self._db.execute(
+                "UPDATE runs SET state = ?, active = ? WHERE id = ?",
+                (state.model_dump_json(), not state.status.terminal, batch.run_id),
+            )
+            if batch.outcome is not None:
+                intents = json.dumps([i.model_dump(mode="json") for i in batch.outcome.intents])
+                self._db.execute(
+                    "UPDATE runs SET intents = ? WHERE id = ?", (intents, batch.run_id)
+                )
+            return state, fresh
+
+    def take_intents(self, run_id: str, *, drain: bool) -> tuple[Intent, ...]:
+        with self._transaction():
+            row = self._db.execute("SELECT intents FROM runs WHERE id = ?", (run_id,)).fetchone()
+            if row is None:
+                raise NoSuchRun(f"no run {run_id}")
+            if drain:
+                self._db.execute("UPDATE runs SET intents = '[]' WHERE id = ?", (run_id,))
+            return tuple(Intent.model_validate(item) for item in json.loads(row[0]))
+
+    # -- questions -------------------------------------------------------------------------
+
+    def run(self, run_id: str) -> RunState:
+        """One run. Raises NoSuchRun."""
+        with self._explained():
+            row = self._db.execute("SELECT state FROM runs WHERE id = ?", (run_id,)).fetchone()
+        if row is None:
+            raise NoSuchRun(f"no run {run_id}")
+        return RunState.from_json(row[0].encode())
+
+    def runs(self, *, active: bool | None, limit: int) -> tuple[tuple[RunState, ...], int]:
+        """The newest runs, and how many there are in all."""
+        where = "" if active is None else f" WHERE active = {int(active)}"
+        with self._explained():
+            total = self._db.execute(f"SELECT count(*) FROM runs{where}").fetchone()[0]  # noqa: S608
+            rows = self._db.execute(
+                f"SELECT state FROM runs{where} ORDER BY created DESC, id DESC LIMIT ?",  # noqa: S608 - no text of a caller's
+                (limit,),
+            ).fetchall()
+        return tuple(RunState.from_json(row[0].encode()) for row in rows), total
+
+    def active(self) -> tuple[tuple[RunState, ProcessRecord], ...]:
+        """Every run that has not ended, oldest first."""
+        with self._explained():
+            rows = self._db.execute(
+                "SELECT state, process FROM runs WHERE active = 1 ORDER BY created, id"
+            ).fetchall()
+        return tuple(
+            (RunState.from_json(state.encode()), ProcessRecord.model_validate_json(process))
+            for state, process in rows
+        )
+
+    def last_generation(self) -> int:
+        with self._explained():
+            row = self._db.execute(
+                "SELECT max(json_extract(process, '$.generation')) FROM runs"
+            ).fetchone()
+        return int(row[0] or 0)
+
+    def events(
+        self, run_id: str, *, after: int, limit: int, stream: str | None = None
+    ) -> tuple[RunEvent, ...]:
+        """Events with a seq greater than `after`, in order."""
+        query = "SELECT body FROM events WHERE run_id = ? AND seq > ?"
+        values: list[str | int] = [run_id, after]
+        if stream is not None:
+            query += " AND stream = ?"
+            values.append(stream)
+        with self._explained():
+            rows = self._db.execute(query + " ORDER BY seq LIMIT ?", (*values, limit)).fetchall()
+        return tuple(RunEvent.model_validate_json(row[0]) for row in rows)
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._db.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+        elif version != SCHEMA_VERSION:
+            raise JournalError(
+                f"{self._path} was written by another version of voidbus (schema {version}; this "
+                f"one has {SCHEMA_VERSION}); use that version, or another --state-dir"
+            )
+
+    def _insert(self, run_id: str, events: Iterable[RunEvent]) -> None:
+        self._db.executemany(
+            "INSERT INTO events (run_id, seq, stream, body) VALUES (?, ?, ?, ?)",
+            [(run_id, event.seq, event.stream, event.model_dump_json()) for event in events],
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._explained():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn SQLite's errors into ones an operator can act on."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            text = str(error)
+            remedy = {
+                "database or disk is full": "free space on that disk",
+                "attempt to write a readonly database": "make it writable for this user",
+                "unable to open database file": "make its directory exist and writable",
+                "disk I/O error": "check that disk, and that it has space left",
+                "file is not a database": "move it away; it is damaged or no journal",
+                "database disk image is malformed": "move it away; it is damaged",
+            }.get(text, "see the supervisor's log")
+            raise JournalError(f"journal {self._path}: {text}; {remedy}") from error
+
+
+def _with_last_seq(state: RunState, last_seq: int) -> RunState:
+    return state.model_copy(update={"last_seq": last_seq})
+
+
+def _changed(state: RunState, batch: AppendEvents, fresh: tuple[RunEvent, ...]) -> RunState:
+    update: dict[str, object] = {}
+    if fresh:
+        update.update(last_seq=fresh[-1].seq, updated_at=fresh[-1].timestamp)
+    if batch.progress is not None:
+        update.update(dict(batch.progress))
+    if batch.outcome is not None:
+        outcome = batch.outcome
+        terminal = next((e for e in reversed(fresh) if e.event_type in TERMINAL_EVENTS), None)
+        update.update(
+            status=outcome.status,
+            error=outcome.error,
+            terminal_reason=outcome.terminal_reason,
+            exit_code=outcome.exit_code,
+            report=outcome.report,
+            finished_at=terminal.timestamp if terminal else state.updated_at,
+            terminal_event_id=terminal.event_id if terminal else None,
+            active_stage_count=0,
+            active_microvm_count=0,
+            run_process=None,
+            cancelling=False,
+        )
+    return state.model_copy(update=update)
+
+
+TERMINAL_EVENTS = frozenset({"run.finished", "run.failed", "run.cancelled"})

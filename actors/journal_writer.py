@@ -1,0 +1,141 @@
+"""How a run process gets its events into the journal: spooled first, sent in order, until acked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from voidbus.actors.messages.journal import Appended, AppendEvents, RunOutcome, RunProgress
+from voidbus.actors.messages.runs import RunEvent
+from voidbus.actors.runtime.actor import Actor
+from voidbus.actors.spool import Spool
+from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.message import Message
+
+log = logging.getLogger("voidbus.actors")
+
+# Events are gathered this long (seconds) into one batch: a follower sees them at once, a chatty
+# program costs fifty transactions a second and not five thousand.
+_GATHER_SECONDS = 0.02
+_BATCH_LIMIT = 500
+_RETRY_SECONDS = 0.5
+_ASK_TIMEOUT = 10.0
+
+
+class JournalWriter:
+    """Used by one actor, in its thread. `journal` is the journal's address.
+
+    One batch is under way at a time. A batch that can't be delivered is sent again until it is:
+    the journal skips what it has.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        spool_path: Path,
+        *,
+        run_id: str,
+        generation: int,
+        journal: str,
+        on_rejected: Callable[[str], None],
+    ) -> None:
+        self._actor = actor
+        self._spool = Spool(spool_path)
+        self._run_id = run_id
+        self._generation = generation
+        self._journal = journal
+        self._on_rejected = on_rejected
+        self._gathered: list[RunEvent] = []
+        self._progress: RunProgress | None = None
+        self._gathering = False
+        self._sending = False
+        self._closed = False
+        self._on_flushed: Callable[[], None] | None = None
+
+    def add(self, event: RunEvent) -> None:
+        self._gathered.append(event)
+        if len(self._gathered) >= _BATCH_LIMIT:
+            self.commit()
+        elif not self._gathering:
+            self._gathering = True
+            self._actor.after(_GATHER_SECONDS, self.commit)
+
+    def progress(self, progress: RunProgress) -> None:
+        """Let the next batch carry this."""
+        self._progress = progress
+        if not self._gathering:
+            self._gathering = True
+            self._actor.after(_GATHER_SECONDS, self.commit)
+
+    def commit(self, outcome: RunOutcome | None = None) -> None:
+        """Spool what was gathered, and send."""
+        self._gathering = False
+        if self._closed or not (self._gathered or self._progress or outcome):
+            return
+        batch = AppendEvents(
+            run_id=self._run_id,
+            generation=self._generation,
+            events=tuple(self._gathered),
+            progress=self._progress,
+            outcome=outcome,
+        )
+        try:
+            self._spool.add(batch)
+        except OSError as error:
+            # Nothing is lost yet: what was gathered is kept and tried again.
+            log.error("run %s: cannot spool its events: %s", self._run_id, error)
+            self._gathering = True
+            self._actor.after(_RETRY_SECONDS, lambda: self.commit(outcome))
+            return
+        self._gathered = []
+        self._progress = None
+        self._send()
+
+    def when_flushed(self, then: Callable[[], None]) -> None:
+        """Call `then` when the journal has everything."""
+        self._on_flushed = then
+        self._check_flushed()
+
+    def link_up(self) -> None:
+        """There is a link again: no need to wait for the next retry."""
+        self._send()
+
+    @property
+    def waiting(self) -> int:
+        return self._spool.waiting
+
+    def close(self) -> None:
+        self._closed = True
+        self._spool.close()
+
+    def _send(self) -> None:
+        if self._sending or self._closed:
+            return
+        batch = self._spool.next()
+        if batch is None:
+            self._check_flushed()
+            return
+        self._sending = True
+        self._actor.ask(self._journal, batch, self._answered, timeout=_ASK_TIMEOUT)
+
+    def _answered(self, outcome: Message) -> None:
+        self._sending = False
+        if self._closed:
+            return
+        if isinstance(outcome, Appended):
+            self._spool.done()
+            self._send()
+        elif isinstance(outcome, Fault) and outcome.reason in (
+            FaultReason.STALE,
+            FaultReason.REFUSED,
+        ):
+            # The journal will never take it: the run was ended without us, or replaced.
+            self._on_rejected(outcome.detail)
+        else:
+            self._actor.after(_RETRY_SECONDS, self._send)
+
+    def _check_flushed(self) -> None:
+        if self._on_flushed is not None and not self._spool.waiting and not self._gathered:
+            then, self._on_flushed = self._on_flushed, None
+            then()

@@ -1,0 +1,146 @@
+"""What the runs actor and run processes hand the journal. Never sent by a client."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from voidbus.actors.messages.runs import RunEvent, RunReport, RunState, RunStatus, StageState
+from voidbus.sidecar.model import Intent
+from voidbus.transport.message import Message
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RunProgress(_Part):
+    """The parts of a run's state that its process keeps."""
+
+    machine: str | None = None
+    active_stage_count: int = 0
+    active_microvm_count: int = 0
+    stage_states: dict[str, StageState] | None = None
+    cancelling: bool = False
+
+
+class RunOutcome(_Part):
+    """How a run ended: its terminal state, and the intents nobody has taken yet."""
+
+    status: RunStatus
+    error: str | None = None
+    terminal_reason: str | None = None
+    exit_code: int | None = None
+    report: RunReport | None = None
+    intents: tuple[Intent, ...] = ()
+
+
+class ProcessRecord(_Part):
+    """A run's process, so that the next supervisor knows it again.
+
+    The token's SHA-256 in hex, never the token. `pid` 0: it was not started yet.
+    """
+
+    generation: int
+    token_digest: str
+    pid: int = 0
+    start_time: int = 0
+
+
+class CreateRun(Message, tag="journal.create_run"):
+    """Journal a run and its first events, before anything is started."""
+
+    state: RunState
+    process: ProcessRecord
+    events: tuple[RunEvent, ...]
+
+
+class RecordProcess(Message, tag="journal.record_process"):
+    """A run's process was started."""
+
+    run_id: str
+    process: ProcessRecord
+
+
+class AppendEvents(Message, tag="journal.append_events"):
+    """Append events to a run, and with them its progress or its outcome, all or nothing.
+
+    Events the journal has already are skipped, so a batch may be sent again. A batch that would
+    leave a gap is refused. `generation` must be the run's; a run that has ended takes no more.
+    """
+
+    run_id: str
+    generation: int
+    events: tuple[RunEvent, ...] = Field(max_length=1000)
+    progress: RunProgress | None = None
+    outcome: RunOutcome | None = None
+
+
+class Appended(Message, tag="journal.appended"):
+    """The newest event the journal has of the run, and whether the run has ended."""
+
+    run_id: str
+    last_seq: int
+    ended: bool
+
+
+class LoadActive(Message, tag="journal.load_active"):
+    """Every run that has not ended, for a new supervisor to adopt."""
+
+
+class ActiveRuns(Message, tag="journal.active_runs"):
+    """Runs with their processes, and the highest generation ever given."""
+
+    runs: tuple[tuple[RunState, ProcessRecord], ...]
+    last_generation: int
+
+
+class TakeIntents(Message, tag="journal.take_intents"):
+    """The intents left by a run that has ended; with `drain` they are taken away."""
+
+    run_id: str
+    drain: bool
+
+
+class RunEnded(Message, tag="journal.run_ended"):
+    """Told to the runs actor when a run's outcome is journaled."""
+
+    run_id: str
+    status: RunStatus
+
+
+class ProcessExited(Message, tag="runs.process_exited"):
+    """Told to the runs actor by whoever saw a run process end; `returncode` as in subprocess."""
+
+    pid: int
+    start_time: int
+    returncode: int | None
+
+
+class NodeJoined(Message, tag="runs.node_joined"):
+    """Told to the runs actor by the hub: a run process has its link."""
+
+    node: str
+
+
+class StopRuns(Message, tag="runs.stop"):
+    """Told to the runs actor by the root: take no more work, and come to an end."""
+
+    mode: str
+    deadline: float
+
+
+class RunsStopped(Message, tag="runs.stopped"):
+    """No run is left, or those that are go on without us."""
+
+    left: int
+
+
+class CountRuns(Message, tag="runs.count"):
+    """How many runs are active, and how many of them were adopted?"""
+
+
+class RunCount(Message, tag="runs.counted"):
+    """Runs that are active, and runs adopted since the start."""
+
+    active: int
+    adopted: int

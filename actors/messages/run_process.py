@@ -1,0 +1,35 @@
+"""What a run process is given at its start, and what the supervisor says to it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from voidbus.transport.message import Message, Right
+
+
+class RunConfig(BaseModel):
+    """Everything a run process needs; handed over in memory, for it holds secrets.
+
+    `spec` is the run specification as JSON, `hub` the URL of the work endpoint, `directory` the
+    run's own on the host.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    generation: int
+    token: str = Field(repr=False)
+    hub: str
+    directory: str
+    spec: str = Field(repr=False)
+    spec_name: str
+    input: str | None = Field(default=None, repr=False)
+    policy: dict[str, int] | None = None
+    next_seq: int
+
+
+class CancelWork(Message, tag="run.cancel", right=Right.OPERATE):
+    """To `run-<id>/run`: end the run. Answered by Accepted; its outcome is journaled."""
+
+    reason: str
+    grace: float | None = None

@@ -1,0 +1,46 @@
+"""Inboxes and intents: what orchestrators and operators exchange with an agent's sidecar."""
+
+from __future__ import annotations
+
+from voidbus.sidecar.model import InboxEntry, InboxSnapshot, Intent
+from voidbus.transport.message import Message, Right
+
+
+class PutInbox(Message, tag="sidecar.put_inbox", right=Right.OPERATE, changes=True):
+    """Replace a run's inbox. Answered by SidecarState."""
+
+    run_id: str
+    inbox: InboxSnapshot
+
+
+class PushMessage(Message, tag="sidecar.push_message", right=Right.OPERATE, changes=True):
+    """Add one entry to a run's inbox, made where there is none. Answered by SidecarState."""
+
+    run_id: str
+    entry: InboxEntry
+
+
+class ReadIntents(Message, tag="sidecar.read_intents", right=Right.OPERATE):
+    """The intents a run's agent sent. With `drain` they are taken away; works after its end too."""
+
+    run_id: str
+    drain: bool = False
+
+
+class IntentList(Message, tag="sidecar.intents"):
+    """Intents, oldest first."""
+
+    run_id: str
+    intents: tuple[Intent, ...]
+
+
+class InspectSidecar(Message, tag="sidecar.inspect", right=Right.OBSERVE):
+    """How is the sidecar of this run? Ask `run-<id>/sidecar`."""
+
+
+class SidecarState(Message, tag="sidecar.state"):
+    """A sidecar's depth and version."""
+
+    status: str
+    buffer_depth: int
+    inbox_version: int

@@ -1,0 +1,87 @@
+"""What is left of a run whose process is gone: its last events, its processes, its files."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from voidbus.actors.event import EventMaker
+from voidbus.actors.leases import Leftovers, reap
+from voidbus.actors.messages.journal import AppendEvents, RunOutcome, RunProgress
+from voidbus.actors.messages.runs import RunState, RunStatus
+from voidbus.actors.run_process import LEASE_FILE, SPOOL_FILE
+from voidbus.actors.spool import read_leftovers
+from voidbus.actors.stages import StageTable
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The batches that bring the journal to the run's end, in order, and what was cleaned up."""
+
+    batches: tuple[AppendEvents, ...]
+    leftovers: Leftovers
+
+
+def recover(
+    state: RunState, directory: Path, *, reason: str, cancel_reason: str | None
+) -> Recovered:
+    """Reap what the dead process left behind and work out how its run ended.
+
+    What it spooled comes first. If its outcome is among it, that is the outcome; otherwise the
+    run was cancelled, where that was asked for, or failed for `reason`. Blocks on the disk.
+    """
+    leftovers = reap(directory / LEASE_FILE, directory)
+    batches = read_leftovers(directory / SPOOL_FILE, state.id, state.last_seq)
+    if not batches or batches[-1].outcome is None:
+        batches.append(_ending(state, batches, leftovers, reason, cancel_reason))
+    return Recovered(
+        tuple(b.model_copy(update={"generation": state.generation}) for b in batches), leftovers
+    )
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove what an ended run had on disk."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _ending(
+    state: RunState,
+    batches: list[AppendEvents],
+    leftovers: Leftovers,
+    reason: str,
+    cancel_reason: str | None,
+) -> AppendEvents:
+    last_seq = next((b.events[-1].seq for b in reversed(batches) if b.events), state.last_seq)
+    maker = EventMaker(state.id, state.mode, last_seq + 1)
+    stages = StageTable(state.stage_states)
+    for batch in batches:
+        for event in batch.events:
+            stages.observe(event)
+    events = []
+
+    def emit(event_type: str, message: str, **fields: object) -> None:
+        event = maker.make(event_type, message, **fields)  # type: ignore[arg-type]
+        stages.observe(event)
+        events.append(event)
+
+    error = "run cancelled" if cancel_reason is not None else reason
+    for stage in stages.running:
+        stages.cancel(emit, stage, "started", error=error)
+    cleaned = {
+        "processes_killed": leftovers.processes_killed,
+        "paths_removed": leftovers.paths_removed,
+    }
+    if cancel_reason is not None:
+        emit("run.cancelled", f"run cancelled: {cancel_reason}", level="warn", payload=cleaned)
+        outcome = RunOutcome(status=RunStatus.CANCELLED, terminal_reason=cancel_reason)
+    else:
+        emit("run.failed", f"run failed: {reason}", level="error", payload=cleaned)
+        outcome = RunOutcome(status=RunStatus.FAILED, error=reason, terminal_reason=reason)
+    return AppendEvents(
+        run_id=state.id,
+        generation=state.generation,
+        events=tuple(events),
+        progress=RunProgress(machine=state.machine, stage_states=stages.states),
+        outcome=outcome,
+    )

@@ -1,0 +1,197 @@
+"""The run process: one run's actors on one node, from its start to its outcome.
+
+Started by the supervisor through its zygote, but not its child in spirit: it outlives a supervisor
+that crashes, and goes on until its run is over or a new supervisor refuses it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+from voidbus.actors.event import EventMaker
+from voidbus.actors.leases import LeaseFile
+from voidbus.actors.messages.run_process import RunConfig
+from voidbus.actors.messages.runs import run_node
+from voidbus.actors.run import RUN_PATH, SIDECAR_PATH, VM_PATH, RunActor
+from voidbus.actors.runtime.policy import ChildPolicy, Restart
+from voidbus.actors.runtime.process import current_identity
+from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
+from voidbus.actors.runtime.system import System
+from voidbus.actors.sidecar import SidecarActor, SidecarDesk
+from voidbus.actors.vm import VmActor
+from voidbus.actors.workloads.make import make_workload
+from voidbus.sidecar.state import SidecarState
+from voidbus.spec.policy import Policy
+from voidbus.spec.run import RunSpec
+from voidbus.transport.leaf import Leaf
+from voidbus.vm.machine import MachineSpec
+from voidbus.vm.select import select_machine
+
+log = logging.getLogger("voidbus.run")
+
+SPOOL_FILE = "spool.jsonl"
+LEASE_FILE = "leases.jsonl"
+MACHINE_FOLDER = "machine"
+ENTRY = "voidbus.actors.run_process:run"
+# What the zygote imports before it forks, so that every run process shares it.
+PRELOAD = ("voidbus.actors.run_process", "aiohttp.web")
+
+_DEFAULT_GRACE = 30.0
+_STOP_TIMEOUT = 10.0
+
+
+def run(config_bytes: bytes) -> int:
+    """Entry of a run process. Returns its exit status: 0 when its run came to any outcome."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    config = RunConfig.model_validate_json(config_bytes)
+    process = RunProcess(config)
+    try:
+        process.start()
+        process.wait()
+    finally:
+        process.close()
+    return 0
+
+
+class RunProcess:
+    """Node, system and actors of one run. Also used by tests, in a process of theirs."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._spec = RunSpec.model_validate_json(config.spec)
+        self._policy = Policy.model_validate(config.policy) if config.policy is not None else None
+        self._directory = Path(config.directory)
+        self._over = threading.Event()
+        self._leases = LeaseFile(self._directory / LEASE_FILE)
+        self._run: RunActor | None = None
+        self._leaf = Leaf(
+            run_node(config.run_id),
+            config.hub,
+            token=config.token,
+            generation=config.generation,
+            start_time=current_identity().start_time,
+            on_link=self._link_changed,
+            on_refused=self._refused,
+        )
+        self._system = System(self._leaf)
+
+    def start(self) -> None:
+        """Start the run actor, and with it everything else."""
+        config = self._config
+        desk = self._desk()
+        self._run = self._system.start(
+            RunActor,
+            RUN_PATH,
+            self._children(desk),
+            events=EventMaker(config.run_id, self._spec.sandbox.mode, config.next_seq),
+            spool=self._directory / SPOOL_FILE,
+            journal="supervisor/journal",
+            run_generation=config.generation,
+            make_workload=lambda conductor, url: make_workload(
+                self._spec,
+                conductor,
+                host_env=os.environ,
+                input_text=config.input,
+                policy=self._policy,
+                sidecar_url=url,
+            ),
+            desk=desk,
+            default_grace=(
+                self._policy.cancel_grace_period_secs if self._policy else _DEFAULT_GRACE
+            ),
+            on_over=self._over.set,
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminated)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait(self) -> None:
+        """Wait until the run is over."""
+        # No deadline: a run lasts as long as it lasts; its stages have theirs.
+        self._over.wait()
+
+    def close(self) -> None:
+        """Stop what is left and free everything."""
+        self._system.stop(_STOP_TIMEOUT)
+        self._leaf.close()
+        self._leases.close()
+        shutil.rmtree(self._directory / MACHINE_FOLDER, ignore_errors=True)
+
+    def _desk(self) -> SidecarDesk | None:
+        agent = self._spec.agent
+        if agent is None or not agent.messaging.enabled:
+            return None
+        run_id = self._config.run_id
+        return SidecarDesk(SidecarState(execution_id=run_id, candidate_id=run_id))
+
+    def _children(self, desk: SidecarDesk | None) -> tuple[ChildSpec, ...]:
+        children = []
+        if desk is not None:
+            children.append(
+                actor_child(
+                    self._system,
+                    ChildPolicy(SIDECAR_PATH, Restart.TRANSIENT, stop_timeout=6.0),
+                    SidecarActor,
+                    desk,
+                    run_id=self._config.run_id,
+                    owner=RUN_PATH,
+                )
+            )
+        selection = select_machine(self._spec.sandbox.mode)
+        children.append(
+            actor_child(
+                self._system,
+                ChildPolicy(VM_PATH, Restart.TEMPORARY, stop_timeout=8.0),
+                VmActor,
+                selection.machine,
+                self._machine_spec(),
+                owner=RUN_PATH,
+                telemetry="supervisor/telemetry",
+                leases=self._leases,
+            )
+        )
+        return tuple(children)
+
+    def _machine_spec(self) -> MachineSpec:
+        sandbox = self._spec.sandbox
+        scratch = self._directory / MACHINE_FOLDER
+        scratch.mkdir(mode=0o700, exist_ok=True)
+        self._leases.path(scratch)
+        return MachineSpec(
+            run_id=self._config.run_id,
+            name=self._spec.name,
+            memory_mb=sandbox.memory_mb,
+            vcpus=sandbox.vcpus,
+            network=sandbox.network,
+            env={},
+            scratch=scratch,
+            secret=secrets.token_bytes(32),
+            allowed_commands=None,
+            mounts=(),
+            forwards=(),
+        )
+
+    def _link_changed(self, up: bool) -> None:
+        run = self._run
+        if run is not None:
+            run.link_changed(up)
+
+    def _refused(self, detail: str) -> None:
+        run = self._run
+        if run is not None:
+            run.post(lambda: run.abandon(detail))
+        else:
+            self._over.set()
+
+    def _terminated(self, *_: object) -> None:
+        run = self._run
+        if run is not None:
+            run.post(lambda: run.cancel("the run process was terminated", None))

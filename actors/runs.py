@@ -1,0 +1,699 @@
+"""The runs actor: starts run processes, adopts those of a supervisor before, and sees them end.
+
+Each run process is a temporary child: a run that lost its process failed, it is not run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from voidbus.actors.launch import Launch, LaunchRefused, prepare
+from voidbus.actors.messages.actor import Accepted, Done
+from voidbus.actors.messages.journal import (
+    ActiveRuns,
+    Appended,
+    AppendEvents,
+    CountRuns,
+    CreateRun,
+    LoadActive,
+    NodeJoined,
+    ProcessExited,
+    ProcessRecord,
+    RecordProcess,
+    RunCount,
+    RunEnded,
+    RunsStopped,
+    StopRuns,
+    TakeIntents,
+)
+from voidbus.actors.messages.run_process import CancelWork, RunConfig
+from voidbus.actors.messages.runs import (
+    CancelAccepted,
+    CancelRun,
+    InspectRun,
+    RunAccepted,
+    RunState,
+    RunStatus,
+    StartRun,
+    run_node,
+)
+from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
+from voidbus.actors.messages.telemetry import TrackRun
+from voidbus.actors.recovery import Recovered, recover, remove_directory
+from voidbus.actors.run import RUN_PATH, SIDECAR_PATH
+from voidbus.actors.run_process import ENTRY
+from voidbus.actors.runtime.actor import LATER, Place, Refuse, Timer, handles
+from voidbus.actors.runtime.exit_watcher import ExitWatcher
+from voidbus.actors.runtime.policy import (
+    ChildPolicy,
+    ExitKind,
+    ExitReason,
+    Restart,
+    Strategy,
+    SupervisorPolicy,
+)
+from voidbus.actors.runtime.process import ProcessGoneError, ProcessHandle, ProcessIdentity
+from voidbus.actors.runtime.process_child import ProcessChild
+from voidbus.actors.runtime.spawned import SpawnedProcess, describe_returncode
+from voidbus.actors.runtime.spawner import Spawner
+from voidbus.actors.runtime.supervisor import Child, ChildSpec, Supervisor
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.fault import BusError, Fault, FaultReason
+from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.message import Message, Right
+
+log = logging.getLogger("voidbus.actors")
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+_ASK_TIMEOUT = 15.0
+_SPAWN_TIMEOUT = 20.0
+# Beyond the grace, a cancelled run has this long to stop its machine and write its end.
+_CANCEL_MARGIN = 12.0
+_DEFAULT_GRACE = 30.0
+_RETRY_SECONDS = 1.0
+
+POLICY = SupervisorPolicy(
+    strategy=Strategy.ONE_FOR_ONE,
+    max_restarts=0,  # temporary children are never restarted
+    window=60.0,
+    backoff_initial=0.0,
+    backoff_max=0.0,
+    backoff_factor=1.0,
+    jitter=0.0,
+    stable_after=0.0,
+)
+
+
+@dataclass(frozen=True)
+class RunsSettings:
+    """What the supervisor's configuration says about runs."""
+
+    runs_dir: Path
+    max_parallel: int
+    adoption_deadline: float
+
+
+@dataclass
+class _Run:
+    """A run that has not ended, as this supervisor sees it."""
+
+    run_id: str
+    generation: int
+    child: ProcessChild
+    grace: float
+    launch: Launch | None = None
+    identity: ProcessIdentity | None = None
+    exited: tuple[int | None] | None = None
+    adopted: bool = False
+    ended: bool = False
+    cancel_reason: str | None = None
+    cancel_grace: float = _DEFAULT_GRACE
+    cancel_sent: bool = False
+    collecting: bool = False
+    adoption: Timer | None = None
+    on_end: list[Callable[[ExitReason], None]] = field(default_factory=list)
+
+
+class Runs(Supervisor):
+    """One child process for each run."""
+
+    mailbox_limit = 10_000
+    control: ClassVar[frozenset[type[Message]]] = frozenset({CancelRun, StopRuns, ProcessExited})
+
+    def __init__(
+        self, place: Place, settings: RunsSettings, hub: Hub, spawner: Spawner, root: str
+    ) -> None:
+        super().__init__(place, POLICY)
+        self._settings = settings
+        self._hub = hub
+        self._spawner = spawner
+        self._root = root
+        self._runs: dict[str, _Run] = {}
+        self._starting: set[str] = set()
+        self._loaded = False
+        self._early: list[tuple[StartRun, Delivery]] = []
+        self._early_exits: dict[ProcessIdentity, int | None] = {}
+        self._adopted = 0
+        self._stopping: StopRuns | None = None
+        self._watcher = ExitWatcher("run-processes")
+
+    def on_start(self) -> None:
+        super().on_start()
+        self._load()
+
+    def on_stop(self) -> None:
+        self._watcher.close()
+        for run in self._runs.values():
+            if run.child.handle is not None:
+                run.child.handle.close()
+
+    # -- adoption --------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        self.ask("supervisor/journal", LoadActive(), self._adopt_all, timeout=_ASK_TIMEOUT)
+
+    def _adopt_all(self, outcome: Message) -> None:
+        if not isinstance(outcome, ActiveRuns):
+            log.error("cannot read the journal: %s; trying again", _detail(outcome))
+            self.after(_RETRY_SECONDS, self._load)
+            return
+        self.skip_generations(outcome.last_generation)
+        for state, process in outcome.runs:
+            self._adopt(state, process)
+        self._loaded = True
+        early, self._early = self._early, []
+        for message, delivery in early:
+            self._begin(message, delivery)
+
+    def _adopt(self, state: RunState, process: ProcessRecord) -> None:
+        """Take charge of a run that a supervisor before us started."""
+        run = _Run(state.id, process.generation, self._child(state.id), _grace(state.policy))
+        run.adopted = True
+        if state.cancelling:
+            run.cancel_reason = "run marked cancelled"
+        self._runs[state.id] = run
+        self._hub.expect(
+            run_node(state.id), bytes.fromhex(process.token_digest), process.generation
+        )
+        identity = ProcessIdentity(process.pid, process.start_time)
+        self.adopt_child(self._spec(run), process.generation, run.child)
+        if not process.pid:
+            self._collect(run, "the supervisor ended before the run's process was started")
+            return
+        try:
+            handle = ProcessHandle.adopt(identity)
+        except ProcessGoneError:
+            self._collect(run, f"its process {process.pid} ended while no supervisor was there")
+            return
+        self._adopted += 1
+        run.identity = identity
+        run.child.attach(handle)
+        self._watcher.watch(handle, lambda _: self._tell_exit(identity, None))
+        self._track(run)
+        if not self._hub.joined(run_node(state.id)):
+            run.adoption = self.after(
+                self._settings.adoption_deadline, lambda: self._not_adopted(run)
+            )
+
+    def _not_adopted(self, run: _Run) -> None:
+        log.error("run %s did not come back within the adoption deadline", run.run_id)
+        run.child.stop(0.0)
+
+    def _tell_exit(self, identity: ProcessIdentity, returncode: int | None) -> None:
+        """From any thread: a process has ended."""
+        self._hub.tell(
+            f"{self._hub.name}/{self.path}",
+            ProcessExited(pid=identity.pid, start_time=identity.start_time, returncode=returncode),
+        )
+
+    @handles(NodeJoined)
+    def on_joined(self, message: NodeJoined, delivery: Delivery) -> None:
+        run = next((r for r in self._runs.values() if run_node(r.run_id) == message.node), None)
+        if run is None:
+            return
+        if run.adoption is not None:
+            run.adoption.cancel()
+            run.adoption = None
+        if run.cancel_reason is not None and not run.cancel_sent:
+            self._send_cancel(run)
+
+    # -- starting --------------------------------------------------------------------------
+
+    @handles(StartRun)
+    def on_start_run(self, message: StartRun, delivery: Delivery) -> object:
+        if self._loaded:
+            self._begin(message, delivery)
+        elif len(self._early) < 1000:
+            self._early.append((message, delivery))
+        else:
+            raise Refuse("the supervisor is starting; try again", FaultReason.OVERLOADED)
+        return LATER
+
+    def _begin(self, message: StartRun, delivery: Delivery) -> None:
+        refusal = self._start_refusal(message)
+        if refusal is not None:
+            delivery.fail(*refusal)
+            return
+        if message.run_id is None:
+            self._load_spec(message, self._new_run_id(), delivery)
+            return
+        run_id = message.run_id
+
+        def looked_up(outcome: Message) -> None:
+            if isinstance(outcome, RunState):
+                self._answer_existing(outcome, delivery)
+            elif isinstance(outcome, Fault) and outcome.reason is FaultReason.NO_SUCH_ACTOR:
+                self._load_spec(message, run_id, delivery)
+            else:
+                delivery.fail(FaultReason.FAILED, _detail(outcome))
+
+        self.ask("supervisor/journal", InspectRun(run_id=run_id), looked_up, timeout=_ASK_TIMEOUT)
+
+    def _start_refusal(self, message: StartRun) -> tuple[FaultReason, str] | None:
+        if self._stopping is not None:
+            return FaultReason.REFUSED, "the supervisor is stopping and takes no new runs"
+        if message.run_id is not None and not _RUN_ID.match(message.run_id):
+            return (
+                FaultReason.INVALID,
+                f"run id {message.run_id[:40]!r}: use 1 to 100 of A-Z a-z 0-9 . _ - only",
+            )
+        limit = self._settings.max_parallel
+        if len(self._runs) + len(self._starting) >= limit:
+            return (
+                FaultReason.OVERLOADED,
+                f"{limit} runs are active, as max_parallel_runs allows; wait, or raise it",
+            )
+        return None
+
+    @staticmethod
+    def _answer_existing(state: RunState, delivery: Delivery) -> None:
+        if state.status.terminal:
+            delivery.fail(
+                FaultReason.STALE, f"run {state.id} has already ended ({state.status.value})"
+            )
+        else:
+            delivery.reply(
+                RunAccepted(
+                    run_id=state.id,
+                    attempt_id=state.attempt_id,
+                    state=state.status,
+                    existing=True,
+                )
+            )
+
+    def _new_run_id(self) -> str:
+        number = time.time_ns() // 1_000_000
+        while f"run-{number}" in self._runs or f"run-{number}" in self._starting:
+            number += 1
+        return f"run-{number}"
+
+    def _load_spec(self, message: StartRun, run_id: str, delivery: Delivery) -> None:
+        if run_id in self._starting:
+            delivery.fail(FaultReason.STALE, f"run {run_id} is being started")
+            return
+        self._starting.add(run_id)
+
+        def loaded(outcome: Launch | Exception) -> None:
+            if isinstance(outcome, Launch):
+                self._create(outcome, delivery)
+                return
+            self._starting.discard(run_id)
+            known = isinstance(outcome, LaunchRefused)
+            if not known:
+                log.error("starting run %s: %s", run_id, outcome)
+            delivery.fail(FaultReason.INVALID if known else FaultReason.FAILED, str(outcome))
+
+        try:
+            self.work(lambda: prepare(message, run_id), loaded, name=f"load-{run_id}")
+        except Refuse:
+            # As many specifications are being read as may be; this one waits its turn.
+            self._starting.discard(run_id)
+            self.after(0.02, lambda: self._load_spec(message, run_id, delivery))
+
+    def _create(self, launch: Launch, delivery: Delivery) -> None:
+        """Journal the run; only then start anything."""
+        token = secrets.token_hex(32)
+        generation = self.next_generation()
+        digest = token_digest(token)
+        state = launch.state.model_copy(update={"generation": generation})
+        process = ProcessRecord(generation=generation, token_digest=digest.hex())
+
+        def created(outcome: Message) -> None:
+            self._starting.discard(launch.run_id)
+            if not isinstance(outcome, Appended):
+                delivery.fail(FaultReason.FAILED, f"the run was not started: {_detail(outcome)}")
+                return
+            delivery.reply(
+                RunAccepted(
+                    run_id=launch.run_id,
+                    attempt_id=1,
+                    state=state.status,
+                    warnings=launch.warnings,
+                )
+            )
+            if launch.spec is None:  # a bad specification, journaled as the failed run it is
+                self._fail_unstarted(launch, state)
+                return
+            run = _Run(launch.run_id, generation, self._child(launch.run_id), _grace(state.policy))
+            run.launch = launch
+            self._runs[launch.run_id] = run
+            self._hub.expect(run_node(launch.run_id), digest, generation)
+            self.adopt_child(self._spec(run), generation, run.child)
+            self._spawn(run, launch, token)
+
+        create = CreateRun(state=state, process=process, events=launch.events)
+        self.ask("supervisor/journal", create, created, timeout=_ASK_TIMEOUT)
+
+    def _fail_unstarted(self, launch: Launch, state: RunState) -> None:
+        recovered = recover(
+            state.model_copy(update={"last_seq": len(launch.events) - 1}),
+            launch.directory(self._settings.runs_dir),
+            reason=launch.problem or "the specification is bad",
+            cancel_reason=None,
+        )
+        for batch in recovered.batches:
+            self.tell("supervisor/journal", batch)
+
+    def _spawn(self, run: _Run, launch: Launch, token: str) -> None:
+        directory = launch.directory(self._settings.runs_dir)
+        config = RunConfig(
+            run_id=run.run_id,
+            generation=run.generation,
+            token=token,
+            hub=self._hub.addresses[Right.WORK],
+            directory=str(directory),
+            spec=launch.spec_json,
+            spec_name=launch.file,
+            input=launch.input,
+            policy=launch.policy,
+            next_seq=len(launch.events),
+        )
+        digest = token_digest(token).hex()
+
+        def record(identity: ProcessIdentity) -> None:
+            """On the job's thread: the process does nothing until this has returned."""
+            process = ProcessRecord(
+                generation=run.generation,
+                token_digest=digest,
+                pid=identity.pid,
+                start_time=identity.start_time,
+            )
+            self._hub.ask(
+                f"{self._hub.name}/journal",
+                RecordProcess(run_id=run.run_id, process=process),
+                timeout=_ASK_TIMEOUT,
+            ).result()
+
+        def spawn() -> SpawnedProcess:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return self._spawner.spawn(
+                ENTRY,
+                config.model_dump_json().encode(),
+                log_path=directory / "process.log",
+                title=f"voidbus-{run.run_id}"[:15],
+                record=record,
+                timeout=_SPAWN_TIMEOUT,
+            )
+
+        try:
+            self.work(spawn, lambda outcome: self._spawned(run, outcome), name=run.run_id)
+        except Refuse:
+            self.after(0.02, lambda: self._spawn(run, launch, token))
+
+    def _spawned(self, run: _Run, outcome: SpawnedProcess | Exception) -> None:
+        if isinstance(outcome, Exception):
+            detail = outcome.fault.detail if isinstance(outcome, BusError) else str(outcome)
+            self._collect(run, f"its process could not be started: {detail}")
+            return
+        run.identity = outcome.identity
+        run.child.attach(outcome.handle)
+        self._track(run)
+        if outcome.identity in self._early_exits:
+            self._exited(run, self._early_exits.pop(outcome.identity))
+
+    # -- cancelling ------------------------------------------------------------------------
+
+    @handles(CancelRun)
+    def on_cancel_run(self, message: CancelRun, delivery: Delivery) -> object:
+        run = self._runs.get(message.run_id)
+        if run is None or run.ended:
+            self._answer_ended(message.run_id, delivery)
+            return LATER
+        if run.cancel_reason is None:
+            self._cancel(run, message.reason or "run marked cancelled", message.grace)
+        return CancelAccepted(run_id=run.run_id, state=RunStatus.RUNNING)
+
+    def _cancel(self, run: _Run, reason: str, grace: float | None) -> None:
+        run.cancel_reason = reason
+        run.cancel_grace = run.grace if grace is None else grace
+        if not run.collecting:
+            # The ladder's drain is four fifths of its time.
+            run.child.stop((run.cancel_grace + _CANCEL_MARGIN) / 0.8)
+
+    def _answer_ended(self, run_id: str, delivery: Delivery) -> None:
+        def looked_up(outcome: Message) -> None:
+            if isinstance(outcome, RunState):
+                delivery.reply(
+                    CancelAccepted(
+                        run_id=run_id,
+                        state=outcome.status,
+                        terminal_event_id=outcome.terminal_event_id,
+                    )
+                )
+            else:
+                delivery.fail(FaultReason.NO_SUCH_ACTOR, _detail(outcome))
+
+        self.ask("supervisor/journal", InspectRun(run_id=run_id), looked_up, timeout=_ASK_TIMEOUT)
+
+    def _child(self, run_id: str) -> ProcessChild:
+        def ask_to_end(_seconds: float) -> None:
+            run = self._runs[run_id]
+            if run.cancel_reason is None:
+                run.cancel_reason = "the supervisor stopped it"
+            self._send_cancel(run)
+
+        return ProcessChild(self, ask_to_end)
+
+    def _send_cancel(self, run: _Run) -> None:
+        """Tell the run actor; where it isn't on the bus yet, `on_joined` tells it."""
+        if not self._hub.joined(run_node(run.run_id)):
+            return
+
+        def answered(outcome: Message) -> None:
+            if isinstance(outcome, Accepted):
+                run.cancel_sent = True
+            elif run.run_id in self._runs and not run.ended:
+                self.after(0.2, lambda: self._send_cancel(run))
+
+        self.ask(
+            f"{run_node(run.run_id)}/{RUN_PATH}",
+            CancelWork(reason=run.cancel_reason or "run marked cancelled", grace=run.cancel_grace),
+            answered,
+            timeout=5.0,
+        )
+
+    # -- endings ---------------------------------------------------------------------------
+
+    @handles(RunEnded)
+    def on_run_ended(self, message: RunEnded, delivery: Delivery) -> None:
+        run = self._runs.get(message.run_id)
+        if run is None:
+            return
+        run.ended = True
+        if run.exited is not None or run.identity is None:
+            self._release(run)
+
+    @handles(ProcessExited)
+    def on_process_exited(self, message: ProcessExited, delivery: Delivery) -> None:
+        identity = ProcessIdentity(message.pid, message.start_time)
+        run = next((r for r in self._runs.values() if r.identity == identity), None)
+        if run is not None:
+            self._exited(run, message.returncode)
+        elif len(self._early_exits) < 10_000:
+            # It ended before the job that started it could say so.
+            self._early_exits[identity] = message.returncode
+
+    def _exited(self, run: _Run, returncode: int | None) -> None:
+        if run.exited is not None:
+            return
+        run.exited = (returncode,)
+        if run.ended:
+            self._release(run)
+        else:
+            self._collect(run, f"its process {describe_returncode(returncode)}")
+
+    def _collect(self, run: _Run, reason: str) -> None:
+        """The process is gone and the run has no outcome yet: find it, or make it."""
+        if run.collecting:
+            return
+        run.collecting = True
+        run.exited = run.exited or (None,)
+
+        def looked_up(outcome: Message) -> None:
+            if not isinstance(outcome, RunState):
+                log.error("run %s: %s; trying again", run.run_id, _detail(outcome))
+                self.after(_RETRY_SECONDS, retry)
+            elif outcome.status.terminal:
+                run.ended = True
+                self._release(run)
+            else:
+                self._recover(run, outcome, reason)
+
+        def retry() -> None:
+            run.collecting = False
+            self._collect(run, reason)
+
+        inspect = InspectRun(run_id=run.run_id)
+        self.ask("supervisor/journal", inspect, looked_up, timeout=_ASK_TIMEOUT)
+
+    def _recover(self, run: _Run, state: RunState, reason: str) -> None:
+        directory = self._settings.runs_dir / run.run_id
+        cancel_reason = run.cancel_reason
+
+        def recovered(outcome: Recovered | Exception) -> None:
+            if isinstance(outcome, Exception):
+                log.error("run %s: cleaning up: %s", run.run_id, outcome)
+                self.after(_RETRY_SECONDS, lambda: self._recover(run, state, reason))
+            else:
+                self._append(run, list(outcome.batches))
+
+        try:
+            self.work(
+                lambda: recover(state, directory, reason=reason, cancel_reason=cancel_reason),
+                recovered,
+                name=f"recover-{run.run_id}",
+            )
+        except Refuse:
+            self.after(0.02, lambda: self._recover(run, state, reason))
+
+    def _append(self, run: _Run, batches: list[AppendEvents]) -> None:
+        """Journal what was recovered, batch by batch; the last one ends the run."""
+        if not batches:
+            return
+
+        def appended(outcome: Message) -> None:
+            if isinstance(outcome, Appended):
+                self._append(run, batches[1:])
+            else:
+                log.error("run %s: %s; trying again", run.run_id, _detail(outcome))
+                self.after(_RETRY_SECONDS, lambda: self._append(run, batches))
+
+        self.ask("supervisor/journal", batches[0], appended, timeout=_ASK_TIMEOUT)
+
+    def _release(self, run: _Run) -> None:
+        """The run has ended and its process is gone: forget both."""
+        if self._runs.pop(run.run_id, None) is None:
+            return
+        if run.adoption is not None:
+            run.adoption.cancel()
+        run.child.gone()
+        if run.child.stopped_by is not None:
+            log.info("run %s was stopped: %s", run.run_id, run.child.stopped_by.outcome.value)
+        self._hub.dismiss(run_node(run.run_id))
+        self.tell("supervisor/telemetry", TrackRun(run_id=run.run_id, pid=0, start_time=0))
+        directory = self._settings.runs_dir / run.run_id
+        self._remove(directory)
+        self.report_end(run.run_id, run.generation, ExitReason(ExitKind.NORMAL))
+        self._check_stopped()
+
+    def _remove(self, directory: Path) -> None:
+        try:
+            self.work(lambda: remove_directory(directory), lambda _: None, name="remove")
+        except Refuse:
+            self.after(0.1, lambda: self._remove(directory))
+
+    # -- the sidecar's door ----------------------------------------------------------------
+
+    @handles(PutInbox, PushMessage, ReadIntents)
+    def on_sidecar_message(
+        self, message: PutInbox | PushMessage | ReadIntents, delivery: Delivery
+    ) -> object:
+        """Pass it to the run's sidecar; intents of an ended run are in the journal."""
+        run = self._runs.get(message.run_id)
+        if run is None or run.ended:
+            self._without_sidecar(message, delivery)
+            return LATER
+
+        def answered(outcome: Message) -> None:
+            if isinstance(outcome, Fault):
+                self._without_sidecar(message, delivery)
+            else:
+                delivery.reply(outcome)
+
+        self.ask(
+            f"{run_node(message.run_id)}/{SIDECAR_PATH}",
+            message,
+            answered,
+            timeout=10.0,
+            key=delivery.key,
+        )
+        return LATER
+
+    def _without_sidecar(
+        self, message: PutInbox | PushMessage | ReadIntents, delivery: Delivery
+    ) -> None:
+        if not isinstance(message, ReadIntents):
+            delivery.fail(
+                FaultReason.NO_SUCH_ACTOR,
+                f"no sidecar for run {message.run_id}: it has ended, or its specification does "
+                "not enable messaging",
+            )
+            return
+        self.ask(
+            "supervisor/journal",
+            TakeIntents(run_id=message.run_id, drain=message.drain),
+            delivery.reply,
+            timeout=_ASK_TIMEOUT,
+        )
+
+    # -- counting and stopping -------------------------------------------------------------
+
+    @handles(CountRuns)
+    def on_count(self, message: CountRuns, delivery: Delivery) -> RunCount:
+        return RunCount(active=len(self._runs) + len(self._starting), adopted=self._adopted)
+
+    @handles(StopRuns)
+    def on_stop_runs(self, message: StopRuns, delivery: Delivery) -> Done:
+        first = self._stopping is None
+        self._stopping = message
+        if message.mode == "cancel":
+            self._cancel_all(message.deadline)
+        elif message.mode == "finish" and first:
+            self.after(
+                max(0.0, message.deadline * 0.7), lambda: self._cancel_all(0.3 * message.deadline)
+            )
+        self._check_stopped()
+        return Done()
+
+    def _cancel_all(self, seconds: float) -> None:
+        """Cancel what is left, all at once, to be over within `seconds`."""
+        for run in list(self._runs.values()):
+            if run.cancel_reason is None:
+                run.cancel_reason = "the supervisor was stopped"
+                run.cancel_grace = min(run.grace, seconds * 0.5)
+            run.child.stop(seconds)
+
+    def _check_stopped(self) -> None:
+        if self._stopping is None:
+            return
+        active = len(self._runs) + len(self._starting)
+        if self._stopping.mode == "leave" or not active:
+            self.tell(self._root, RunsStopped(left=active))
+
+    def on_stop_request(self, timeout: float) -> None:
+        """End this actor; the processes are left to the next one, or were ended before."""
+        self.end(ExitReason(ExitKind.SHUTDOWN, "stopped"))
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _track(self, run: _Run) -> None:
+        assert run.identity is not None
+        self.tell(
+            "supervisor/telemetry",
+            TrackRun(run_id=run.run_id, pid=run.identity.pid, start_time=run.identity.start_time),
+        )
+
+    def _spec(self, run: _Run) -> ChildSpec:
+        def never(
+            _generation: int, _ready: Callable[[], None], _ended: Callable[[ExitReason], None]
+        ) -> Child:
+            raise RuntimeError("a run is not started again")
+
+        return ChildSpec(ChildPolicy(run.run_id, Restart.TEMPORARY, stop_timeout=30.0), never)
+
+
+def _detail(outcome: Message) -> str:
+    return outcome.detail if isinstance(outcome, Fault) else f"unexpected {outcome.tag}"
+
+
+def _grace(policy: dict[str, object] | None) -> float:
+    value = (policy or {}).get("cancel_grace_period_secs", _DEFAULT_GRACE)
+    return float(value) if isinstance(value, int | float) else _DEFAULT_GRACE

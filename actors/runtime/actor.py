@@ -1,0 +1,427 @@
+"""Actors: pykka's threads and references, our mailbox and our loop.
+
+An actor is one thread that takes one message at a time. Handlers are methods marked with
+`@handles(MessageType)`; what they must wait for (a guest, a child process, the network) they start
+with `ask`, `work` or `after` and get as a call in their own thread, so that commands and
+questions are answered meanwhile.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+import pykka
+
+from voidbus.actors.messages.actor import Done, Inspect, Terminated
+from voidbus.actors.runtime.mailbox import Item, Mailbox, Overflow
+from voidbus.actors.runtime.policy_model import ExitKind, ExitReason
+from voidbus.transport.delivery import Ask, Delivery, ReplyStore
+from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.message import Message
+
+if TYPE_CHECKING:
+    from voidbus.actors.runtime.system import System
+
+_monotonic = time.monotonic
+log = logging.getLogger("voidbus.actors")
+
+T = TypeVar("T")
+Outcome = Message  # of an ask: the reply, or a Fault
+
+# Replies to commands are kept this long for repeats: a client retries for 30 s at most.
+_STORED_REPLIES = 1024
+_STORED_REPLY_SECONDS = 120.0
+# Blocking jobs one actor may have under way, and how long its end waits for them.
+_WORK_LIMIT = 16
+_WORK_JOIN_SECONDS = 5.0
+
+
+class _Later:
+    """What a handler returns when it will answer through the delivery."""
+
+
+LATER: Final = _Later()
+
+
+class Refuse(Exception):
+    """Raised by a handler to answer with a fault without failing itself."""
+
+    def __init__(self, detail: str, reason: FaultReason = FaultReason.REFUSED) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor lives: its system, its path in it, and which start of it this is."""
+
+    system: System
+    path: str
+    generation: int
+
+
+class Timer:
+    """A call in the actor's thread at a time to come."""
+
+    __slots__ = ("cancelled", "run")
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+Handler = Callable[[Any, Any, Delivery], Any]
+H = TypeVar("H", bound=Callable[..., object])
+
+
+def handles(*types: type[Message]) -> Callable[[H], H]:
+    """Mark a method as the handler of these message types.
+
+    It is called with the message and its Delivery. It returns the reply (None answers `Done`), or
+    LATER and answers through the delivery; `Refuse` answers with a fault; any other exception
+    answers with a fault and ends the actor, for its supervisor to start again.
+    """
+
+    def mark(method: H) -> H:
+        method.__handles__ = types  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+class Actor(pykka.ThreadingActor):
+    """Base of all actors.
+
+    A subclass names `mailbox_limit` and may name `overflow`, and `control`: the message types
+    that overtake others. `on_start`, `on_stop_request` and `on_stop` run in the actor's thread;
+    `on_stop` runs however it ends.
+    """
+
+    use_daemon_thread: ClassVar[bool] = True
+
+    mailbox_limit: ClassVar[int] = 0
+    overflow: ClassVar[Overflow] = Overflow.REFUSE
+    control: ClassVar[frozenset[type[Message]]] = frozenset()
+
+    _handlers: ClassVar[dict[type[Message], Handler]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        handlers: dict[type[Message], Handler] = {}
+        for parent in reversed(cls.__mro__):
+            for value in vars(parent).values():
+                for message in getattr(value, "__handles__", ()):
+                    handlers[message] = value
+        cls._handlers = handlers
+
+    @classmethod
+    def _create_actor_inbox(cls) -> Any:
+        if cls.mailbox_limit < 1:
+            raise TypeError(f"{cls.__name__} names no mailbox_limit; there is no default")
+        return PykkaInbox(Mailbox(cls.mailbox_limit, cls.overflow))
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.system = place.system
+        self.path = place.path
+        self.generation = place.generation
+        self.mailbox: Mailbox = self.actor_inbox.mailbox  # type: ignore[attr-defined]
+        self.handled = 0
+        self.exit_reason: ExitReason | None = None
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._timer_numbers = count()
+        self._replies = ReplyStore(_STORED_REPLIES, _STORED_REPLY_SECONDS)
+        self._work: set[threading.Thread] = set()
+        self._thread: threading.Thread | None = None
+
+    # -- hooks -----------------------------------------------------------------------------
+
+    def on_start(self) -> None:
+        """Runs first. An exception is a failed start."""
+
+    def on_stop_request(self, timeout: float) -> None:
+        """Asked to stop within `timeout` seconds. The default ends at once."""
+        self.end(ExitReason(ExitKind.SHUTDOWN, "stopped"))
+
+    def on_stop(self) -> None:
+        """Runs last, however the actor ends; frees what it holds."""
+
+    # -- what an actor does ----------------------------------------------------------------
+
+    def tell(self, dest: str, message: Message, *, timeout: float = 30.0) -> None:
+        """Send and forget. What can't be delivered comes back as a Fault message."""
+        self.system.node.tell(dest, message, timeout=timeout, sender=self.path)
+
+    def ask(
+        self,
+        dest: str,
+        message: Message,
+        then: Callable[[Outcome], None],
+        *,
+        timeout: float,
+        attachments: Sequence[bytes] = (),
+        key: str = "",
+    ) -> None:
+        """Ask, and call `then` in this thread with the reply or the Fault."""
+
+        def deliver(ask: Ask) -> None:
+            outcome = ask.outcome
+            assert outcome is not None
+            self.mailbox.put(lambda: then(outcome), control=True)
+
+        self.system.node.ask(
+            dest,
+            message,
+            timeout=timeout,
+            sender=self.path,
+            attachments=attachments,
+            key=key,
+            on_end=deliver,
+        )
+
+    def publish(self, topic: str, message: Message) -> None:
+        self.system.node.publish(topic, message)
+
+    def after(self, seconds: float, run: Callable[[], None]) -> Timer:
+        """Call `run` in this thread in `seconds`. For this actor's own thread."""
+        timer = Timer(run)
+        at = self.system.clock() + seconds
+        heapq.heappush(self._timers, (at, next(self._timer_numbers), timer))
+        return timer
+
+    def post(self, run: Callable[[], None], *, control: bool = True) -> FaultReason | None:
+        """Call `run` in this actor's thread; may be called by any thread."""
+        return self.mailbox.put(run, control=control)
+
+    def post_wait(self, run: Callable[[], None], timeout: float) -> FaultReason | None:
+        """Like `post` behind the data messages, waiting for room: back-pressure for a reader."""
+        return self.mailbox.put_wait(run, timeout)
+
+    def work(
+        self, job: Callable[[], T], then: Callable[[T | Exception], None], *, name: str = "work"
+    ) -> None:
+        """Run `job`, which may block but has its own deadline, on a thread; `then` runs here.
+
+        Raises Refuse when too many jobs are under way.
+        """
+        self._work = {thread for thread in self._work if thread.is_alive()}
+        if len(self._work) >= _WORK_LIMIT:
+            raise Refuse(f"{self.path}: {_WORK_LIMIT} jobs are under way", FaultReason.OVERLOADED)
+
+        def run() -> None:
+            try:
+                outcome: T | Exception = job()
+            except Exception as error:  # noqa: BLE001 - it is handed to the actor
+                outcome = error
+            self.mailbox.put(lambda: then(outcome), control=True)
+
+        thread = threading.Thread(target=run, name=f"{self.path}-{name}", daemon=True)
+        self._work.add(thread)
+        thread.start()
+
+    def watch(self, path: str) -> None:
+        """Get a Terminated message when the actor at `path` of this system ends."""
+        self.system.watch(path, self.path)
+
+    def end(self, reason: ExitReason) -> None:
+        """End this actor after the current handler. For its own thread."""
+        if self.exit_reason is None:
+            self.exit_reason = reason
+
+    # -- what others do to it --------------------------------------------------------------
+
+    def deliver(self, delivery: Delivery) -> FaultReason | None:
+        """Take a message from the bus. Any thread."""
+        return self.mailbox.put(delivery, control=type(delivery.message) in self.control)
+
+    def request_stop(self, timeout: float) -> None:
+        """Ask the actor to stop. Any thread."""
+        self.mailbox.put(lambda: self.on_stop_request(timeout), control=True)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the actor's thread to end."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def launch(self) -> None:
+        """Start the thread. `System.start` calls it once the actor can be reached."""
+        self.actor_inbox.handle = self._handle_receive  # type: ignore[attr-defined]
+        pykka.ActorRegistry.register(self.actor_ref)
+        self._start_actor_loop()
+
+    def _stop(self) -> None:
+        self.end(ExitReason(ExitKind.SHUTDOWN, "stopped"))
+
+    def _start_actor_loop(self) -> None:
+        self._thread = threading.Thread(target=self._actor_loop, name=self.path, daemon=True)
+        self._thread.start()
+
+    def _actor_loop(self) -> None:
+        try:
+            self.on_start()
+            self.system.started(self)
+            while self.exit_reason is None:
+                item = self.mailbox.get(self._run_timers())
+                if item is not None:
+                    self._take(item)
+        except BaseException as error:  # noqa: BLE001 - SystemExit too ends this actor only
+            self._fail(error)
+        self._finish()
+
+    def _run_timers(self) -> float | None:
+        """Run what is due; how long to wait for the next one."""
+        while self._timers:
+            at, _, timer = self._timers[0]
+            if timer.cancelled:
+                heapq.heappop(self._timers)
+                continue
+            remaining = at - self.system.clock()
+            if remaining > 0:
+                return remaining
+            heapq.heappop(self._timers)
+            timer.run()
+            if self.exit_reason is not None:
+                return 0.0
+        return None
+
+    def _take(self, item: Item) -> None:
+        self.handled += 1
+        if not isinstance(item, Delivery):
+            item()
+        elif item.expired:
+            item.fail(FaultReason.EXPIRED, "its deadline passed in the mailbox")
+        else:
+            self._handle(item)
+
+    def _handle(self, delivery: Delivery) -> None:
+        message = delivery.message
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            self._handle_unknown(delivery)
+            return
+        if message.changes and delivery.key and not self._begin_command(delivery):
+            return
+        try:
+            answer = handler(self, message, delivery)
+        except Refuse as refusal:
+            delivery.fail(refusal.reason, str(refusal))
+            return
+        except BaseException as error:
+            detail = f"{type(error).__name__} in {self.path}: {error}"
+            delivery.fail(FaultReason.FAILED, detail[:500])
+            raise
+        if delivery.wants_reply and not isinstance(answer, _Later):
+            delivery.reply(answer if answer is not None else Done())
+
+    def _begin_command(self, delivery: Delivery) -> bool:
+        key = f"{delivery.sender.partition('/')[0]}:{delivery.key}"
+        if not self._replies.begin(key, delivery, _monotonic()):
+            return False
+        replies = self._replies
+        delivery.tap(lambda reply, attachments: replies.finish(key, reply, attachments))
+        return True
+
+    def _handle_unknown(self, delivery: Delivery) -> None:
+        if isinstance(delivery.message, Fault):
+            log.info("%s: a message came back: %s", self.path, delivery.message.detail)
+            return
+        self.system.node.counters["fault_unhandled"] += 1
+        delivery.fail(FaultReason.UNHANDLED, f"{self.path} does not handle {delivery.message.tag}")
+
+    @handles(Inspect)
+    def on_inspect(self, message: Inspect, delivery: Delivery) -> Message:
+        """Answered from the mailbox, so that a stuck actor is seen though its process lives."""
+        return self.system.status(self.path)
+
+    def _fail(self, error: BaseException) -> None:
+        log.error("%s failed: %s", self.path, error, exc_info=error)
+        self.exit_reason = ExitReason(ExitKind.FAULT, f"{type(error).__name__}: {error}"[:500])
+
+    def _finish(self) -> None:
+        assert self.exit_reason is not None
+        self.actor_stopped.set()
+        pykka.ActorRegistry.unregister(self.actor_ref)
+        self.system.node.detach(self.path)
+        rest = self.mailbox.close()
+        try:
+            self.on_stop()
+        except BaseException as error:  # noqa: BLE001 - the others must still be told
+            self._fail(error)
+        for item in rest:
+            if isinstance(item, Delivery):
+                item.fail(FaultReason.MAILBOX_CLOSED, f"{self.path} stopped before handling it")
+            elif isinstance(item, _PykkaItem):
+                item.refuse()
+        self._join_work()
+        self.system.ended(self)
+
+    def _join_work(self) -> None:
+        deadline = _monotonic() + _WORK_JOIN_SECONDS
+        for thread in self._work:
+            thread.join(max(0.0, deadline - _monotonic()))
+            if thread.is_alive():
+                log.error("%s: its job %s did not end", self.path, thread.name)
+
+
+class _PykkaItem:
+    """An envelope put by one of pykka's own references: handled as pykka would."""
+
+    __slots__ = ("actor_path", "envelope", "handle")
+
+    def __init__(self, envelope: Any, handle: Callable[[Any], Any]) -> None:
+        self.envelope = envelope
+        self.handle = handle
+
+    def __call__(self) -> None:
+        reply_to = self.envelope.reply_to
+        try:
+            response = self.handle(self.envelope.message)
+        except Exception:
+            if reply_to is None:
+                raise
+            reply_to.set_exception()
+            return
+        if reply_to is not None:
+            reply_to.set(response)
+
+    def refuse(self) -> None:
+        if self.envelope.reply_to is not None:
+            error = pykka.ActorDeadError("the actor stopped before handling the message")
+            self.envelope.reply_to.set_exception((pykka.ActorDeadError, error, None))
+
+
+class PykkaInbox:
+    """Our mailbox behind pykka's inbox protocol, so that pykka's references and proxies work."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.mailbox = mailbox
+        self.handle: Callable[[Any], Any] = lambda _message: None
+
+    def put(self, envelope: Any, /) -> None:
+        item = _PykkaItem(envelope, self.handle)
+        if self.mailbox.put(item) is not None:
+            item.refuse()
+
+    def get(self) -> Any:
+        return self.mailbox.get()
+
+    def empty(self) -> bool:
+        statistics = self.mailbox.statistics()
+        return statistics.depth + statistics.control_depth == 0
+
+
+__all__ = ["LATER", "Actor", "Place", "Refuse", "Terminated", "Timer", "handles"]

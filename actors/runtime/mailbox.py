@@ -1,0 +1,183 @@
+"""An actor's mailbox: bounded, two lanes, closable, and honest about what it did not take.
+
+Control overtakes data. Data is bounded by the number the actor names, with the overflow policy it
+names; control has a bound of its own. After `close` a put is refused: pykka's queue takes it and
+loses it, which is how its own asks get lost when they race with a stop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.fault import FaultReason
+
+# Control messages that may wait: commands, not work. What an actor caused itself (timers, replies
+# to its own asks, notices) is bounded by what caused it and never refused.
+CONTROL_LIMIT = 1024
+
+_monotonic = time.monotonic
+
+
+class Overflow(StrEnum):
+    """What a full mailbox does with one more data message."""
+
+    REFUSE = "refuse"  # the sender gets `mailbox_full`
+    DROP_OLDEST = "drop_oldest"  # the oldest one's sender gets `mailbox_full`
+
+
+class Internal(Protocol):
+    """A mailbox entry that is no message: it runs in the actor's own thread."""
+
+    def __call__(self) -> None: ...
+
+
+Item = Delivery | Internal
+
+
+@dataclass(frozen=True, slots=True)
+class MailboxStatistics:
+    """What a mailbox holds and did. `head_age` is how long, in seconds, its oldest item waits."""
+
+    depth: int
+    control_depth: int
+    limit: int
+    head_age: float
+    accepted: int
+    refused: int
+    shed: int
+    closed: bool
+
+
+class Mailbox:
+    """Items for one consumer from any number of producers.
+
+    `limit` bounds the data lane and has no default. Which lane an item goes to is its producer's
+    say; within a lane items keep their order.
+    """
+
+    __slots__ = (
+        "_closed",
+        "_control",
+        "_data",
+        "_lock",
+        "_overflow",
+        "_ready",
+        "_room",
+        "_waiting",
+        "accepted",
+        "limit",
+        "refused",
+        "shed",
+    )
+
+    def __init__(self, limit: int, overflow: Overflow) -> None:
+        if limit < 1:
+            raise ValueError(f"a mailbox holds at least 1 message, not {limit}")
+        self.limit = limit
+        self._overflow = overflow
+        self._data: deque[tuple[float, Item]] = deque()
+        self._control: deque[tuple[float, Item]] = deque()
+        self._lock = threading.Lock()
+        # A bare lock as a binary semaphore: queue.Queue's conditions cost three times as much.
+        self._ready = threading.Lock()
+        self._ready.acquire()
+        self._waiting = False
+        self._room = threading.Condition(self._lock)
+        self._closed = False
+        self.accepted = 0
+        self.refused = 0
+        self.shed = 0
+
+    def put(self, item: Item, *, control: bool = False) -> FaultReason | None:
+        """Take an item, or say why not: `mailbox_full` or `mailbox_closed`. Never blocks."""
+        shed: Item | None = None
+        with self._lock:
+            if self._closed:
+                self.refused += 1
+                return FaultReason.MAILBOX_CLOSED
+            if control:
+                if len(self._control) >= CONTROL_LIMIT and isinstance(item, Delivery):
+                    self.refused += 1
+                    return FaultReason.MAILBOX_FULL
+                self._control.append((_monotonic(), item))
+            else:
+                if len(self._data) >= self.limit:
+                    if self._overflow is Overflow.REFUSE:
+                        self.refused += 1
+                        return FaultReason.MAILBOX_FULL
+                    shed = self._data.popleft()[1]
+                    self.shed += 1
+                self._data.append((_monotonic(), item))
+            self.accepted += 1
+            if self._waiting:
+                self._waiting = False
+                self._ready.release()
+        if isinstance(shed, Delivery):
+            shed.fail(FaultReason.MAILBOX_FULL, "newer messages took its place in a full mailbox")
+        return None
+
+    def put_wait(self, item: Item, timeout: float) -> FaultReason | None:
+        """Like `put` on the data lane, but wait for room: how a reader thread is slowed down."""
+        deadline = _monotonic() + timeout
+        with self._room:
+            while not self._closed and len(self._data) >= self.limit:
+                if not self._room.wait(deadline - _monotonic()):
+                    self.refused += 1
+                    return FaultReason.MAILBOX_FULL
+        return self.put(item)
+
+    def get(self, timeout: float | None = None) -> Item | None:
+        """The next item, control first. None when `timeout` passed, or it is closed and empty."""
+        while True:
+            with self._lock:
+                if self._control:
+                    return self._control.popleft()[1]
+                if self._data:
+                    item = self._data.popleft()[1]
+                    if len(self._data) == self.limit - 1:
+                        self._room.notify_all()
+                    return item
+                if self._closed:
+                    return None
+                self._waiting = True
+            if not self._ready.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+                with self._lock:
+                    if self._waiting:
+                        self._waiting = False
+                        return None
+                # A put came between the end of the wait and here, and has released `_ready`.
+                self._ready.acquire()
+
+    def close(self) -> list[Item]:
+        """Take nothing more; returns what was waiting, for its senders to be told."""
+        with self._lock:
+            self._closed = True
+            rest = [item for _, item in (*self._control, *self._data)]
+            self._control.clear()
+            self._data.clear()
+            self._room.notify_all()
+            if self._waiting:
+                self._waiting = False
+                self._ready.release()
+        return rest
+
+    def statistics(self) -> MailboxStatistics:
+        """A consistent view, from any thread."""
+        with self._lock:
+            heads = [lane[0][0] for lane in (self._control, self._data) if lane]
+            return MailboxStatistics(
+                depth=len(self._data),
+                control_depth=len(self._control),
+                limit=self.limit,
+                head_age=_monotonic() - min(heads) if heads else 0.0,
+                accepted=self.accepted,
+                refused=self.refused,
+                shed=self.shed,
+                closed=self._closed,
+            )

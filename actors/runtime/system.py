@@ -1,0 +1,231 @@
+"""A system: the actors of one process, on one node."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from voidbus.actors.messages.actor import (
+    ActorStatus,
+    Inspect,
+    InspectSystem,
+    SystemStatus,
+    Terminated,
+)
+from voidbus.actors.runtime.actor import Actor, Place
+from voidbus.actors.runtime.policy_model import ExitKind, ExitReason
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.fault import FaultReason
+from voidbus.transport.message import Message
+from voidbus.transport.node import Node
+
+A = TypeVar("A", bound=Actor)
+
+# Where a node answers for itself: `run-42/system`.
+SYSTEM_PATH = "system"
+
+
+@dataclass
+class _Entry:
+    actor: Actor
+    started: float
+    on_ready: Callable[[], None] | None
+    on_end: Callable[[ExitReason], None] | None
+
+
+class System:
+    """Starts actors, knows them by path, and tells who asked when one has ended."""
+
+    def __init__(self, node: Node, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.node = node
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        self._watchers: dict[str, set[str]] = {}
+        self._restarts: dict[str, int] = {}
+        self._last_faults: dict[str, str] = {}
+        self._generations: dict[str, int] = {}
+        self._empty = threading.Condition(self._lock)
+        node.attach(SYSTEM_PATH, self)
+
+    def start(
+        self,
+        actor: type[A],
+        path: str,
+        *args: Any,
+        generation: int | None = None,
+        on_ready: Callable[[], None] | None = None,
+        on_end: Callable[[ExitReason], None] | None = None,
+        **kwargs: Any,
+    ) -> A:
+        """Start an actor at `path`. `on_ready` is called when it takes messages, `on_end` when it
+        is gone, each once and by its thread.
+
+        Raises ValueError where the path is taken, and whatever the actor's constructor raises.
+        """
+        with self._lock:
+            if path in self._entries:
+                raise ValueError(f"an actor lives at {path}")
+            known = self._generations.get(path, 0)
+            number = known + 1 if generation is None else generation
+            if known:
+                self._restarts[path] = self._restarts.get(path, 0) + 1
+            self._generations[path] = number
+        started = actor(Place(self, path, number), *args, **kwargs)
+        with self._lock:
+            self._entries[path] = _Entry(started, self.clock(), on_ready, on_end)
+        try:
+            self.node.attach(path, started)
+        except ValueError:
+            with self._lock:
+                del self._entries[path]
+            raise
+        started.launch()
+        return started
+
+    def find(self, path: str) -> Actor | None:
+        with self._lock:
+            entry = self._entries.get(path)
+        return entry.actor if entry else None
+
+    def tell_wait(
+        self, path: str, message: Message, *, sender: str, timeout: float
+    ) -> FaultReason | None:
+        """Tell an actor of this system, waiting for room: a reader thread's back-pressure."""
+        actor = self.find(path)
+        if actor is None:
+            return FaultReason.NO_SUCH_ACTOR
+        delivery = Delivery(path, sender, message, deadline=time.monotonic() + 86400.0)
+        return actor.mailbox.put_wait(delivery, timeout)
+
+    def watch(self, path: str, watcher: str) -> None:
+        """Send `watcher` a Terminated when the actor at `path` ends; at once where none lives."""
+        with self._lock:
+            if path in self._entries:
+                self._watchers.setdefault(path, set()).add(watcher)
+                return
+        self._notify(
+            watcher,
+            Terminated(path=path, generation=0, reason="no_such_actor", detail="nothing is there"),
+        )
+
+    def started(self, actor: Actor) -> None:
+        """Called by an actor's thread when `on_start` has returned."""
+        with self._lock:
+            entry = self._entries.get(actor.path)
+        if entry is not None and entry.on_ready is not None:
+            entry.on_ready()
+
+    def ended(self, actor: Actor) -> None:
+        """Called by an actor's thread as its last act."""
+        reason = actor.exit_reason or ExitReason(ExitKind.NORMAL)
+        with self._lock:
+            entry = self._entries.pop(actor.path, None)
+            watchers = self._watchers.pop(actor.path, set())
+            if reason.kind is ExitKind.FAULT:
+                self._last_faults[actor.path] = reason.detail
+            self._empty.notify_all()
+        for watcher in watchers:
+            self._notify(
+                watcher,
+                Terminated(
+                    path=actor.path,
+                    generation=actor.generation,
+                    reason=reason.kind.value,
+                    detail=reason.detail,
+                ),
+            )
+        if entry is not None and entry.on_end is not None:
+            entry.on_end(reason)
+
+    def _notify(self, watcher: str, notice: Terminated) -> None:
+        self.node.tell(f"{self.node.name}/{watcher}", notice, sender=SYSTEM_PATH)
+
+    def deliver(self, delivery: Delivery) -> FaultReason | None:
+        """Answer for the system itself, on the bus's thread: it must work when actors don't."""
+        if isinstance(delivery.message, InspectSystem | Inspect):
+            delivery.reply(self.describe())
+            return None
+        delivery.fail(FaultReason.UNHANDLED, "the system answers inspection only")
+        return None
+
+    def describe(self) -> SystemStatus:
+        """All actors, by path, from any thread."""
+        with self._lock:
+            paths = sorted(self._entries)
+        actors = []
+        for path in paths:
+            status = self.status_or_none(path)
+            if status is not None:
+                actors.append(status)
+        return SystemStatus(
+            node=self.node.name,
+            pid=os.getpid(),
+            threads=threading.active_count(),
+            actors=tuple(actors),
+            counters=dict(self.node.counters),
+        )
+
+    def status(self, path: str) -> ActorStatus:
+        """One actor. Raises LookupError where none lives at `path`."""
+        status = self.status_or_none(path)
+        if status is None:
+            raise LookupError(f"no actor lives at {path}")
+        return status
+
+    def status_or_none(self, path: str) -> ActorStatus | None:
+        with self._lock:
+            entry = self._entries.get(path)
+            restarts = self._restarts.get(path, 0)
+            last_fault = self._last_faults.get(path, "")
+        if entry is None:
+            return None
+        mailbox = entry.actor.mailbox.statistics()
+        return ActorStatus(
+            path=path,
+            kind=type(entry.actor).__name__,
+            generation=entry.actor.generation,
+            state="stopping" if entry.actor.exit_reason else "running",
+            age=self.clock() - entry.started,
+            depth=mailbox.depth,
+            control_depth=mailbox.control_depth,
+            limit=mailbox.limit,
+            head_age=mailbox.head_age,
+            handled=entry.actor.handled,
+            refused=mailbox.refused,
+            shed=mailbox.shed,
+            restarts=restarts,
+            last_fault=last_fault,
+        )
+
+    def forget(self, path: str) -> None:
+        """Drop the history of a path that will not be used again."""
+        with self._lock:
+            if path not in self._entries:
+                for table in (self._restarts, self._generations):
+                    table.pop(path, None)
+                self._last_faults.pop(path, None)
+
+    def wait_empty(self, timeout: float) -> bool:
+        """Wait until no actor lives here."""
+        deadline = time.monotonic() + timeout
+        with self._empty:
+            while self._entries:
+                if not self._empty.wait(deadline - time.monotonic()):
+                    return False
+        return True
+
+    def stop(self, timeout: float) -> bool:
+        """Ask every actor to stop and wait. For tests and for the end of a process."""
+        with self._lock:
+            actors = [entry.actor for entry in self._entries.values()]
+        for actor in actors:
+            actor.request_stop(timeout)
+        stopped = self.wait_empty(timeout)
+        for actor in actors:
+            actor.join(1.0 if stopped else 0.0)
+        return stopped

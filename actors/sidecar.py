@@ -1,0 +1,130 @@
+"""The sidecar actor: one run's inbox and intents, and the server its agent talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from voidbus.actors.messages.machine import SidecarEventNoted, SidecarReady
+from voidbus.actors.messages.sidecar import (
+    InspectSidecar,
+    IntentList,
+    PushMessage,
+    PutInbox,
+    ReadIntents,
+    SidecarState,
+)
+from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, handles
+from voidbus.sidecar.event import SidecarEvent
+from voidbus.sidecar.model import Rejected
+from voidbus.sidecar.server import SidecarServer
+from voidbus.sidecar.state import SidecarState as State
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.fault import FaultReason
+
+# Events of these kinds go to the run's events; health checks and the like would only fill it.
+_NOTED = frozenset(
+    {
+        "started",
+        "stopping",
+        "inbox_loaded",
+        "message_pushed",
+        "intent_accepted",
+        "intent_rejected",
+        "intent_deduplicated",
+        "intent_expired",
+        "drained",
+        "acknowledged",
+    }
+)
+
+
+# An answer is one message of 4 MiB at most, and an intent's payload 4096 bytes.
+_INTENTS_AT_ONCE = 512
+
+
+@dataclass
+class SidecarDesk:
+    """What outlives a restart of the actor: no intent is lost, and the agent's URL stays good."""
+
+    state: State
+    address: tuple[str, int] = ("127.0.0.1", 0)
+
+
+class SidecarActor(Actor):
+    """A thin shell round the server and the state."""
+
+    mailbox_limit = 1024
+
+    def __init__(self, place: Place, desk: SidecarDesk, *, run_id: str, owner: str) -> None:
+        super().__init__(place)
+        self._run_id = run_id
+        self._owner = owner
+        self._desk = desk
+        self._server = SidecarServer(
+            desk.state, run_id=run_id, listen=desk.address, on_event=self._noted
+        )
+        self._serving = False
+
+    def on_start(self) -> None:
+        address = self._server.start(5.0)
+        self._serving = True
+        assert isinstance(address, tuple)
+        self._desk.address = address
+        self.tell(f"{self.system.node.name}/{self._owner}", SidecarReady(address=address))
+
+    def on_stop(self) -> None:
+        if self._serving:
+            self._server.stop(5.0)
+
+    @handles(PutInbox)
+    def on_put_inbox(self, message: PutInbox, delivery: Delivery) -> SidecarState:
+        with _as_fault():
+            self._server.load_inbox(message.inbox)
+        return self._describe()
+
+    @handles(PushMessage)
+    def on_push(self, message: PushMessage, delivery: Delivery) -> SidecarState:
+        with _as_fault():
+            self._server.push_message(message.entry)
+        return self._describe()
+
+    @handles(ReadIntents)
+    def on_read_intents(self, message: ReadIntents, delivery: Delivery) -> object:
+        intents = self._server.peek(_INTENTS_AT_ONCE)
+        delivery.reply(IntentList(run_id=self._run_id, intents=tuple(intents)))
+        if message.drain:
+            # Taken away only once they are on their way.
+            self._server.acknowledge([intent.intent_id for intent in intents])
+        return LATER
+
+    @handles(InspectSidecar)
+    def on_inspect_sidecar(self, message: InspectSidecar, delivery: Delivery) -> SidecarState:
+        return self._describe()
+
+    def _describe(self) -> SidecarState:
+        status = self._server.status()
+        return SidecarState(
+            status=status.status,
+            buffer_depth=status.buffer_depth,
+            inbox_version=status.inbox_version,
+        )
+
+    def _noted(self, event: SidecarEvent) -> None:
+        """On the server's thread."""
+        if event.kind in _NOTED:
+            self.system.node.tell(
+                f"{self.system.node.name}/{self._owner}",
+                SidecarEventNoted(kind=event.kind, fields=event.fields),
+                sender=self.path,
+            )
+
+
+@contextmanager
+def _as_fault() -> Iterator[None]:
+    """What the sidecar does not take is its sender's fault, not this actor's."""
+    try:
+        yield
+    except Rejected as error:
+        raise Refuse(error.rejection.message, FaultReason.INVALID) from error

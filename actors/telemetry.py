@@ -1,0 +1,128 @@
+"""The telemetry actor: samples of what runs use, in bounded rings, on request and as topics."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from typing import ClassVar
+
+from voidbus.actors.messages.telemetry import (
+    GuestSample,
+    GuestSamples,
+    HostSample,
+    ReadTelemetry,
+    Sample,
+    SamplePublished,
+    TelemetryPage,
+    TrackRun,
+    telemetry_topic,
+)
+from voidbus.actors.proc_sample import ProcessSampler
+from voidbus.actors.runtime.actor import Actor, Place, Refuse, handles
+from voidbus.actors.runtime.mailbox import Overflow
+from voidbus.actors.runtime.process import ProcessGoneError, ProcessIdentity
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.message import Message, Right
+
+# Rings of runs that have ended are kept for this many of them.
+_ENDED_RINGS = 256
+_PAGE_LIMIT = 5000
+
+
+class _Ring:
+    """One run's samples, numbered from 1; the oldest are forgotten."""
+
+    def __init__(self, size: int) -> None:
+        self.samples: deque[Sample] = deque(maxlen=size)
+        self.last = 0
+
+    def add(self, at_ms: int, *, guest: GuestSample | None, host: HostSample | None) -> Sample:
+        self.last += 1
+        sample = Sample(seq=self.last, timestamp_ms=at_ms, guest=guest, host=host)
+        self.samples.append(sample)
+        return sample
+
+
+class Telemetry(Actor):
+    """Samples host processes every `interval` seconds while there are any, and takes in guests'.
+
+    Samples are worth less than work: a full mailbox sheds the oldest.
+    """
+
+    mailbox_limit = 10_000
+    overflow = Overflow.DROP_OLDEST
+    control: ClassVar[frozenset[type[Message]]] = frozenset((TrackRun, ReadTelemetry))
+
+    def __init__(self, place: Place, *, interval: float, ring_size: int) -> None:
+        super().__init__(place)
+        self._interval = interval
+        self._ring_size = ring_size
+        self._rings: OrderedDict[str, _Ring] = OrderedDict()
+        self._samplers: dict[str, ProcessSampler] = {}
+        self._ticking = False
+
+    @handles(TrackRun)
+    def on_track(self, message: TrackRun, delivery: Delivery) -> None:
+        if not message.pid:
+            self._samplers.pop(message.run_id, None)
+            self.system.node.retire_topic(telemetry_topic(message.run_id))
+            return
+        identity = ProcessIdentity(message.pid, message.start_time)
+        self._samplers[message.run_id] = ProcessSampler(identity)
+        if not self._ticking:
+            self._ticking = True
+            self.after(0.0, self._tick)
+
+    @handles(GuestSamples)
+    def on_guest_samples(self, message: GuestSamples, delivery: Delivery) -> None:
+        node = delivery.sender.partition("/")[0]
+        if delivery.right is Right.WORK and node != f"run-{message.run_id}":
+            raise Refuse(f"{node} may not report for run {message.run_id}")
+        for at_ms, sample in message.samples[:60]:
+            self._record(message.run_id, at_ms, guest=sample)
+
+    @handles(ReadTelemetry)
+    def on_read(self, message: ReadTelemetry, delivery: Delivery) -> TelemetryPage:
+        ring = self._rings.get(message.run_id)
+        if ring is None:
+            return TelemetryPage(run_id=message.run_id, next_seq=message.from_seq, samples=())
+        samples = tuple(
+            sample
+            for sample in ring.samples
+            if sample.seq > message.from_seq
+            and (message.stage_name is None or sample.stage_name == message.stage_name)
+        )[:_PAGE_LIMIT]
+        return TelemetryPage(
+            run_id=message.run_id, next_seq=max(ring.last, message.from_seq), samples=samples
+        )
+
+    def _tick(self) -> None:
+        now, now_ms = self.system.clock(), time.time_ns() // 1_000_000
+        for run_id, sampler in list(self._samplers.items()):
+            try:
+                self._record(run_id, now_ms, host=sampler.sample(now))
+            except ProcessGoneError:
+                del self._samplers[run_id]
+        self._ticking = bool(self._samplers)
+        if self._ticking:
+            self.after(self._interval, self._tick)
+
+    def _record(
+        self,
+        run_id: str,
+        at_ms: int,
+        *,
+        guest: GuestSample | None = None,
+        host: HostSample | None = None,
+    ) -> None:
+        ring = self._rings.get(run_id)
+        if ring is None:
+            ring = self._rings[run_id] = _Ring(self._ring_size)
+            self._forget_old()
+        sample = ring.add(at_ms, guest=guest, host=host)
+        self.publish(telemetry_topic(run_id), SamplePublished(run_id=run_id, sample=sample))
+
+    def _forget_old(self) -> None:
+        ended = [run_id for run_id in self._rings if run_id not in self._samplers]
+        for run_id in ended[: max(0, len(ended) - _ENDED_RINGS)]:
+            del self._rings[run_id]

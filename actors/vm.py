@@ -1,0 +1,236 @@
+"""The VM actor: owns one machine and its guest channel.
+
+A thin shell: messages become calls on the machine, its results become messages. Whatever blocks
+runs on a job thread; output of programs comes on the channel's thread, which waits while the run
+actor's mailbox is full, so that a flood slows its guest down and nobody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+from voidbus.actors.leases import LeaseFile
+from voidbus.actors.messages.actor import Done
+from voidbus.actors.messages.machine import (
+    ExecEnded,
+    ExecOutput,
+    Execute,
+    GuestFile,
+    MachineEnded,
+    MachineReady,
+    MachineStopped,
+    ReadGuestFile,
+    SignalExec,
+    StartMachine,
+    StopMachine,
+    WriteGuestFile,
+)
+from voidbus.actors.messages.telemetry import GuestSample, GuestSamples
+from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, handles
+from voidbus.actors.runtime.process import ProcessIdentity
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.fault import FaultReason
+from voidbus.transport.message import Message
+from voidbus.vm.channel import ExecCall, ExecHandle, ExecResult, GuestChannel
+from voidbus.vm.faults import ChannelFault
+from voidbus.vm.guest.messages import TelemetryBatch
+from voidbus.vm.machine import Lease, Machine, MachineExit, MachineSpec, StopStep
+
+log = logging.getLogger("voidbus.actors")
+
+# How long a file request may take in the guest, and how long output may wait for the run actor.
+_FILE_TIMEOUT = 30.0
+_FORWARD_TIMEOUT = 10.0
+_OUTPUT_TIMEOUT = 60.0
+# Guest samples are taken every second and handed in every five: a hundred idle runs then wake the
+# supervisor twenty times a second rather than a hundred.
+_SAMPLE_INTERVAL_MS = 1000
+_SAMPLES_A_REPORT = 5
+
+
+class VmActor(Actor):
+    """One machine from start to stop. `owner` is the path of the run actor."""
+
+    mailbox_limit = 256
+    control: ClassVar[frozenset[type[Message]]] = frozenset({StopMachine, SignalExec})
+
+    def __init__(
+        self,
+        place: Place,
+        machine: type[Machine],
+        spec: MachineSpec,
+        *,
+        owner: str,
+        telemetry: str,
+        leases: LeaseFile,
+    ) -> None:
+        super().__init__(place)
+        self._owner = owner
+        self._telemetry = telemetry
+        self._leases = leases
+        self._spec = spec
+        self._machine = machine(spec, on_exit=self._machine_exit, on_lease=self._lease)
+        self._channel: GuestChannel | None = None
+        self._execs: dict[int, ExecHandle] = {}
+        self._samples: list[tuple[int, GuestSample]] = []
+        self._stopping = False
+
+    def on_stop(self) -> None:
+        self._machine.kill()
+        self._machine.close()
+
+    def on_stop_request(self, timeout: float) -> None:
+        self._stop_machine(timeout, lambda _: super(VmActor, self).on_stop_request(timeout))
+
+    # -- start and stop --------------------------------------------------------------------
+
+    @handles(StartMachine)
+    def on_start_machine(self, message: StartMachine, delivery: Delivery) -> object:
+        def start() -> tuple[GuestChannel, str | None]:
+            channel = self._machine.start(message.timeout)
+            channel.subscribe_telemetry(_SAMPLE_INTERVAL_MS, self._sampled)
+            if message.sidecar is None:
+                return channel, None
+            # No network card needed: a port in the guest leads to this one endpoint of the host.
+            port = channel.listen_forward(0, message.sidecar, timeout=_FORWARD_TIMEOUT)
+            return channel, f"http://127.0.0.1:{port}"
+
+        def started(outcome: tuple[GuestChannel, str | None] | Exception) -> None:
+            if isinstance(outcome, Exception):
+                delivery.fail(FaultReason.FAILED, str(outcome))
+                return
+            self._channel, url = outcome
+            delivery.reply(MachineReady(machine=self._machine.name, sidecar_url=url))
+
+        self.work(start, started, name="start")
+        return LATER
+
+    @handles(StopMachine)
+    def on_stop_machine(self, message: StopMachine, delivery: Delivery) -> object:
+        self._stop_machine(message.grace, lambda step: delivery.reply(MachineStopped(step=step)))
+        return LATER
+
+    def _stop_machine(self, grace: float, then: Callable[[str], None]) -> None:
+        self._stopping = True
+
+        def stopped(outcome: StopStep | Exception) -> None:
+            if isinstance(outcome, Exception):
+                log.error("%s: stopping the machine: %s", self.path, outcome)
+            then(str(outcome))
+
+        self.work(lambda: self._machine.stop(grace), stopped, name="stop")
+
+    def _machine_exit(self, exit_: MachineExit) -> None:
+        def report() -> None:
+            if not self._stopping:
+                console = self._machine.console()[-2000:].decode(errors="replace")
+                self._report(MachineEnded(reason=exit_.reason, console=console))
+
+        self.post(report)
+
+    def _lease(self, lease: Lease) -> None:
+        if lease.pid is not None and lease.start_time is not None:
+            self._leases.process(ProcessIdentity(lease.pid, lease.start_time))
+        elif lease.path is not None:
+            self._leases.path(lease.path)
+
+    # -- programs --------------------------------------------------------------------------
+
+    @handles(Execute)
+    def on_execute(self, message: Execute, delivery: Delivery) -> None:
+        number = message.number
+
+        def on_output(stream: str, data: bytes) -> None:
+            self._pass_on(ExecOutput(number=number, stream=stream, data=data))
+
+        def on_done(outcome: ExecResult | ChannelFault) -> None:
+            self._execs.pop(number, None)
+            if isinstance(outcome, ChannelFault):
+                ended = ExecEnded(number=number, exit_code=-1, error=str(outcome), duration_ms=0)
+            else:
+                ended = ExecEnded(
+                    number=number,
+                    exit_code=outcome.exit_code,
+                    error=outcome.error,
+                    duration_ms=outcome.duration_ms or 0,
+                )
+            self._pass_on(ended)
+
+        call = ExecCall(
+            program=message.program,
+            args=message.args,
+            env=tuple(message.env.items()),
+            stdin=message.stdin,
+            working_dir=None,
+            timeout=message.timeout,
+        )
+        self._execs[number] = self._require_channel().exec(call, on_output, on_done)
+
+    @handles(SignalExec)
+    def on_signal(self, message: SignalExec, delivery: Delivery) -> None:
+        handle = self._execs.get(message.number)
+        if handle is not None:
+            handle.signal(signal.Signals(message.signal))
+
+    def _pass_on(self, message: Message) -> None:
+        """Hand the run actor a message from the channel's thread, waiting for room."""
+        self.system.tell_wait(self._owner, message, sender=self.path, timeout=_OUTPUT_TIMEOUT)
+
+    def _report(self, message: Message) -> None:
+        self.tell(f"{self.system.node.name}/{self._owner}", message)
+
+    # -- files -----------------------------------------------------------------------------
+
+    @handles(WriteGuestFile)
+    def on_write_file(self, message: WriteGuestFile, delivery: Delivery) -> object:
+        channel = self._require_channel()
+        self.work(
+            lambda: channel.write_file(message.path, message.content, timeout=_FILE_TIMEOUT),
+            lambda outcome: _answer(delivery, outcome, None),
+            name="write",
+        )
+        return LATER
+
+    @handles(ReadGuestFile)
+    def on_read_file(self, message: ReadGuestFile, delivery: Delivery) -> object:
+        channel = self._require_channel()
+
+        def read(outcome: bytes | Exception) -> None:
+            content = GuestFile(content=outcome) if isinstance(outcome, bytes) else None
+            _answer(delivery, outcome, content)
+
+        self.work(lambda: channel.read_file(message.path, timeout=_FILE_TIMEOUT), read, name="read")
+        return LATER
+
+    def _require_channel(self) -> GuestChannel:
+        if self._channel is None:
+            raise Refuse("the machine is not up", FaultReason.FAILED)
+        return self._channel
+
+    # -- telemetry -------------------------------------------------------------------------
+
+    def _sampled(self, batch: TelemetryBatch) -> None:
+        """On the channel's thread; a guest that floods is held to one sample a half second."""
+        now_ms = time.time_ns() // 1_000_000
+        if batch.system is None or (self._samples and now_ms - self._samples[-1][0] < 500):
+            return
+        sample = GuestSample.model_validate(batch.system, from_attributes=True)
+        self._samples.append((now_ms, sample))
+        if len(self._samples) >= _SAMPLES_A_REPORT:
+            samples, self._samples = tuple(self._samples), []
+            self.post(
+                lambda: self.tell(
+                    self._telemetry, GuestSamples(run_id=self._spec.run_id, samples=samples)
+                )
+            )
+
+
+def _answer(delivery: Delivery, outcome: object, reply: Message | None) -> None:
+    if isinstance(outcome, Exception):
+        delivery.fail(FaultReason.FAILED, str(outcome))
+    else:
+        delivery.reply(reply or Done())

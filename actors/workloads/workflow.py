@@ -1,0 +1,204 @@
+"""Kind `workflow`: steps on one machine, level by level, piped along their dependencies."""
+
+from __future__ import annotations
+
+from voidbus.actors.messages.runs import RunReport
+from voidbus.actors.workloads.conductor import (
+    Capture,
+    Command,
+    Conductor,
+    Exit,
+    Verdict,
+    Workload,
+)
+from voidbus.spec.levels import dependency_levels, output_step_of
+from voidbus.spec.run import StepSpec, WorkflowSpec
+
+# A step without a limit of its own, in a run without a policy (seconds).
+DEFAULT_STEP_TIMEOUT = 1200
+
+
+class Workflow(Workload):
+    """A level runs whole before the next; its steps at once.
+
+    A step reads the output of its first dependency, or of `stdin_from` where that has finished.
+    The run succeeds as its output step does; steps that depend on a failed one are skipped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: WorkflowSpec,
+        conductor: Conductor,
+        *,
+        env: dict[str, str],
+        input_text: str | None,
+        stage_timeout: int | None,
+    ) -> None:
+        self._name = name
+        self._conductor = conductor
+        self._env = env
+        self._input = input_text
+        self._stage_timeout = stage_timeout
+        self._levels = dependency_levels(spec.steps)
+        self._output_step = output_step_of(spec)
+        self._level = -1
+        self._exits: dict[str, Exit] = {}
+        self._skipped: set[str] = set()
+        self._started: set[str] = set()
+
+    def begin(self) -> None:
+        for level, steps in enumerate(self._levels):
+            for step in steps:
+                self._conductor.emit(
+                    "stage.queued",
+                    f"step {step.name} queued",
+                    payload={"depends_on": list(step.depends_on)},
+                    stage=step.name,
+                    group=f"g{level}",
+                )
+        self._next_level()
+
+    def cancelled(self) -> list[tuple[str, str]]:
+        return [
+            (step.name, "started" if step.name in self._started else "queued")
+            for steps in self._levels
+            for step in steps
+            if step.name not in self._exits and step.name not in self._skipped
+        ]
+
+    def _next_level(self) -> None:
+        while True:
+            self._level += 1
+            if self._level >= len(self._levels):
+                self._finish()
+                return
+            runnable = [step for step in self._levels[self._level] if not self._skip(step)]
+            if runnable:
+                break
+        for step in runnable:
+            self._start(step)
+
+    def _skip(self, step: StepSpec) -> bool:
+        """Skip a step whose dependency failed or was itself skipped."""
+        broken = next(
+            (
+                name
+                for name in step.depends_on
+                if name in self._skipped or not self._exits[name].succeeded
+            ),
+            None,
+        )
+        if broken is None:
+            return False
+        self._skipped.add(step.name)
+        self._conductor.emit(
+            "stage.skipped",
+            f"step {step.name} skipped",
+            level="warn",
+            payload={"reason": f'dependency "{broken}" failed', "stage_attempt": 1},
+            stage=step.name,
+            group=f"g{self._level}",
+        )
+        return True
+
+    def _start(self, step: StepSpec) -> None:
+        self._started.add(step.name)
+        self._conductor.emit(
+            "stage.started",
+            f"step {step.name} started",
+            payload={"stage_attempt": 1},
+            stage=step.name,
+            group=f"g{self._level}",
+        )
+        capture = Capture()
+
+        def on_output(stream: str, data: bytes) -> None:
+            capture.add(stream, data)
+            self._conductor.log(step.name, stream, data)
+
+        def on_exit(end: Exit) -> None:
+            self._ended(
+                step,
+                Exit(
+                    end.exit_code, end.error, end.duration_ms, capture["stdout"], capture["stderr"]
+                ),
+            )
+
+        command = Command(
+            step.run.program,
+            tuple(step.run.args),
+            self._env,
+            self._stdin(step),
+            self._timeout(step),
+        )
+        self._conductor.execute(step.name, command, on_output, on_exit)
+
+    def _stdin(self, step: StepSpec) -> bytes:
+        for source in (step.run.stdin_from, *step.depends_on[:1]):
+            if source is not None and source in self._exits:
+                return self._exits[source].stdout
+        return b""
+
+    def _timeout(self, step: StepSpec) -> int:
+        if step.mode == "service":
+            return 0
+        return step.timeout_secs or self._stage_timeout or DEFAULT_STEP_TIMEOUT
+
+    def _ended(self, step: StepSpec, end: Exit) -> None:
+        self._exits[step.name] = end
+        payload: dict[str, object] = {
+            "duration_ms": end.duration_ms,
+            "exit_code": end.exit_code,
+            "stage_attempt": 1,
+        }
+        if end.succeeded:
+            self._conductor.emit(
+                "stage.completed",
+                f"step {step.name} completed",
+                payload=payload,
+                stage=step.name,
+                group=f"g{self._level}",
+            )
+        else:
+            self._conductor.emit(
+                "stage.failed",
+                f"step {step.name} failed",
+                level="error",
+                payload={**payload, "error": _why(end)},
+                stage=step.name,
+                group=f"g{self._level}",
+            )
+        if all(
+            other.name in self._exits or other.name in self._skipped
+            for other in self._levels[self._level]
+        ):
+            self._next_level()
+
+    def _finish(self) -> None:
+        end = self._exits.get(self._output_step)
+        success = end is not None and end.succeeded
+        output = end.stdout.decode(errors="replace") if end else ""
+        if self._input:
+            output = f"{self._input}\n{output}"
+        report = RunReport(
+            name=self._name,
+            kind="workflow",
+            success=success,
+            output=output,
+            stages=len(self._exits) + len(self._skipped),
+        )
+        error = None
+        if not success:
+            why = _why(end) if end else "it was skipped because a step it depends on failed"
+            error = f"output step {self._output_step} did not succeed: {why}"
+        self._conductor.finish(
+            Verdict(success, report, error, exit_code=end.exit_code if end else None)
+        )
+
+
+def _why(end: Exit) -> str:
+    if end.error:
+        return end.error
+    text = end.stderr.decode(errors="replace").strip()[-2000:]
+    return f"Command failed with exit code {end.exit_code}" + (f": {text}" if text else "")

@@ -1,0 +1,256 @@
+"""The supervisor process: one for a state directory, from its lock to its last actor."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+from voidbus.actors.event import timestamp
+from voidbus.actors.journal import Journal
+from voidbus.actors.messages.journal import NodeJoined, ProcessExited
+from voidbus.actors.messages.supervisor import StopSupervisor
+from voidbus.actors.root import ROOT_PATH, Identity, Root
+from voidbus.actors.run_process import ENTRY, PRELOAD
+from voidbus.actors.runs import Runs, RunsSettings
+from voidbus.actors.runtime.policy import ChildPolicy, ExitKind, ExitReason, Restart
+from voidbus.actors.runtime.process import ProcessIdentity, current_identity
+from voidbus.actors.runtime.spawner import Spawner
+from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
+from voidbus.actors.runtime.system import System
+from voidbus.actors.telemetry import Telemetry
+from voidbus.spec.supervisor import SupervisorConfig
+from voidbus.transport.access import ipc_endpoints, secure_directory, socket_directory
+from voidbus.transport.control import Hello
+from voidbus.transport.hub import CLIENT_PREFIX, Hub
+
+log = logging.getLogger("voidbus.supervisor")
+
+HUB_NAME = "supervisor"
+DESCRIPTION_FILE = "supervisor.json"
+LOCK_FILE = "supervisor.lock"
+JOURNAL_FILE = "journal.sqlite"
+
+
+class SupervisorError(Exception):
+    """The supervisor can't start here; the text says why and what to do."""
+
+
+class StateLock:
+    """The one supervisor of a state directory. The kernel drops the lock when the process ends."""
+
+    def __init__(self, state_dir: Path) -> None:
+        try:
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SupervisorError(
+                f"state directory {state_dir}: {error.strerror}; make it writable for this user, "
+                "or name another with --state-dir"
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise SupervisorError(
+                f"state directory {state_dir} belongs to {_describe_holder(state_dir)}; stop it "
+                "with `voidbus stop`, or use another --state-dir"
+            ) from None
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def _describe_holder(state_dir: Path) -> str:
+    try:
+        described = json.loads((state_dir / DESCRIPTION_FILE).read_text())
+        return f"a running supervisor (pid {int(described['pid'])})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another supervisor, which is just starting"
+
+
+@dataclass
+class SupervisorProcess:
+    """Everything the supervisor process holds."""
+
+    config: SupervisorConfig
+
+    def run(self) -> int:
+        """Run until asked to stop. Returns the exit status.
+
+        Raises SupervisorError where it can't start; nothing is left running then.
+        """
+        with contextlib.ExitStack() as stack:
+            state_dir = Path(self.config.state_dir)
+            lock = StateLock(state_dir)
+            stack.callback(lock.release)
+            try:
+                sockets = secure_directory(socket_directory(state_dir))
+            except Exception as error:
+                raise SupervisorError(str(error)) from error
+            return _Tree(self.config, state_dir, sockets, stack).run()
+
+
+class _Tree:
+    """Hub, zygote and actors, built in order and taken down in reverse by the stack."""
+
+    def __init__(
+        self,
+        config: SupervisorConfig,
+        state_dir: Path,
+        sockets: Path,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._config = config
+        self._state_dir = state_dir
+        self._sockets = sockets
+        self._stack = stack
+        self._over = threading.Event()
+        self._reason: ExitReason | None = None
+        self._signals = 0
+        self._stop_asked: str | None = None
+        self._root: Root | None = None
+
+    def run(self) -> int:
+        spawner = Spawner(
+            on_exit=self._exited, preload=PRELOAD, entries=frozenset({ENTRY}), use_zygote=True
+        )
+        self._stack.callback(spawner.close)
+        # The zygote imports for a moment; meanwhile the rest comes up.
+        warming = threading.Thread(target=spawner.start, name="zygote-start", daemon=True)
+        warming.start()
+        self._stack.callback(warming.join, 10.0)
+        self._hub = Hub(HUB_NAME, ipc_endpoints(self._sockets), on_join=self._joined)
+        self._stack.callback(self._hub.close)
+        system = System(self._hub)
+        self._stack.callback(system.stop, 10.0)
+        identity = Identity(version("voidbus"), str(self._state_dir), timestamp(time.time_ns()))
+        self._root = system.start(
+            Root, ROOT_PATH, self._children(system, spawner), identity, self._stopped
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        self._describe(identity)
+        self._stack.callback(self._undescribe)
+        _notify_systemd("READY=1")
+        log.info("supervisor %d is up, state in %s", os.getpid(), self._state_dir)
+        while not self._over.wait(timeout=3600.0):
+            pass  # a signal's handler runs between waits
+        _notify_systemd("STOPPING=1")
+        assert self._reason is not None
+        if self._reason.kind is ExitKind.FAULT:
+            log.error("the supervisor failed: %s", self._reason.detail)
+            return 1
+        return 0
+
+    def _children(self, system: System, spawner: Spawner) -> tuple[ChildSpec, ...]:
+        config = self._config
+
+        def permanent(name: str) -> ChildPolicy:
+            return ChildPolicy(name, Restart.PERMANENT, stop_timeout=5.0)
+
+        settings = RunsSettings(
+            runs_dir=self._state_dir / "runs",
+            max_parallel=config.max_parallel_runs,
+            adoption_deadline=config.adoption_deadline_secs,
+        )
+        return (
+            actor_child(
+                system,
+                permanent("journal"),
+                Journal,
+                self._state_dir / JOURNAL_FILE,
+                "supervisor/runs",
+            ),
+            actor_child(
+                system,
+                permanent("telemetry"),
+                Telemetry,
+                interval=config.telemetry.interval_secs,
+                ring_size=config.telemetry.buffer_size,
+            ),
+            actor_child(
+                system,
+                permanent("runs"),
+                Runs,
+                settings,
+                self._hub,
+                spawner,
+                f"supervisor/{ROOT_PATH}",
+            ),
+        )
+
+    # -- called by other threads -----------------------------------------------------------
+
+    def _exited(self, identity: ProcessIdentity, returncode: int | None) -> None:
+        self._hub.tell(
+            "supervisor/runs",
+            ProcessExited(pid=identity.pid, start_time=identity.start_time, returncode=returncode),
+        )
+
+    def _joined(self, hello: Hello) -> None:
+        if not hello.node.startswith(CLIENT_PREFIX):
+            self._hub.tell("supervisor/runs", NodeJoined(node=hello.node))
+
+    def _stopped(self, reason: ExitReason) -> None:
+        self._reason = reason
+        self._over.set()
+
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+        """The first signal stops politely, the second cancels what runs, the third leaves it."""
+        self._signals += 1
+        root = self._root
+        if root is None:
+            return
+        deadline = self._config.stop_deadline_secs
+        modes = {
+            1: StopSupervisor(runs="finish", deadline=deadline),
+            2: StopSupervisor(runs="cancel", deadline=min(deadline, 10.0)),
+        }
+        message = modes.get(self._signals, StopSupervisor(runs="leave", deadline=1.0))
+        root.post(lambda: root.stop_supervisor(message))
+
+    # -- how others find us ----------------------------------------------------------------
+
+    def _describe(self, identity: Identity) -> None:
+        own = current_identity()
+        described = {
+            "pid": own.pid,
+            "start_time": own.start_time,
+            "version": identity.version,
+            "sockets": str(self._sockets),
+            "started_at": identity.started_at,
+        }
+        path = self._state_dir / DESCRIPTION_FILE
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(described) + "\n")
+        fresh.replace(path)
+
+    def _undescribe(self) -> None:
+        with contextlib.suppress(OSError):
+            (self._state_dir / DESCRIPTION_FILE).unlink()
+
+
+def _notify_systemd(state: str) -> None:
+    """Tell systemd, where it started us (sd_notify(3))."""
+    import socket
+
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify,
+    ):
+        notify.sendto(state.encode(), address)

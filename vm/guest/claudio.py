@@ -1,0 +1,432 @@
+#!/usr/bin/env python3
+"""claudio: a deterministic stand-in for Claude Code, for tests and trials without a model.
+
+It takes Claude Code's command line, prints stream-json as Claude Code does, finds the skills
+it is given, talks to the sidecar through `void-message` when VOID_SIDECAR_URL is set, and
+writes the output file its prompt names ("Write your output to PATH."). The same prompt gives
+the same session, tokens and cost.
+
+Environment:
+  CLAUDIO_TURNS      assistant turns (3)
+  CLAUDIO_DELAY_MS   pause before each turn, in milliseconds (0)
+  CLAUDIO_INTENTS    intents to send (1); the last of two or more is an evaluation to the leader
+  CLAUDIO_TOOLS      extra tool calls to report (0)
+  CLAUDIO_FAIL       end with an error result that says this
+  CLAUDIO_EXIT_CODE  exit code (0)
+  CLAUDIO_HANG       ignore SIGTERM after the first line, and wait to be killed
+  CLAUDIO_GARBAGE    mix lines that are no JSON into the output
+  CLAUDIO_OUTPUT     write this text, as it is, to the output file
+  CLAUDIO_NO_OUTPUT  write no output file
+  VOID_WORKSPACE     directory that stands for /workspace
+
+Standard library only.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEFAULT_MODEL = "claudio-1"
+TOOLS = ["Bash", "Read", "Write"]
+MESSAGE_DEADLINE = 20.0  # seconds; void-message itself gives up after 15
+HANG_DEADLINE = 3600.0  # seconds; nothing waits for ever, not even this
+NOISE = (
+    b"npm warn deprecated: this is not JSON",
+    b'{"type":"assistant","mess',
+    b"\xff\xfe\x00",
+    b"",
+)
+
+
+class SettingsError(Exception):
+    """The command line or the environment is wrong."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """The switches of the environment, checked."""
+
+    turns: int
+    delay_ms: int
+    intents: int
+    tools: int
+    exit_code: int
+    fail: str | None
+    hang: bool
+    garbage: bool
+    output: str | None
+    no_output: bool
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> "Behaviour":
+        """Raises SettingsError naming the variable that holds no whole number."""
+
+        def number(name: str, default: int) -> int:
+            text = environ.get(name) or str(default)
+            if not (text.isascii() and text.isdigit()):
+                raise SettingsError(f"{name} must be a whole number, not {text!r}")
+            return int(text)
+
+        return cls(
+            turns=max(1, number("CLAUDIO_TURNS", 3)),
+            delay_ms=number("CLAUDIO_DELAY_MS", 0),
+            intents=number("CLAUDIO_INTENTS", 1),
+            tools=number("CLAUDIO_TOOLS", 0),
+            exit_code=number("CLAUDIO_EXIT_CODE", 0),
+            fail=environ.get("CLAUDIO_FAIL") or None,
+            hang=environ.get("CLAUDIO_HANG", "") not in ("", "0"),
+            garbage=environ.get("CLAUDIO_GARBAGE", "") not in ("", "0"),
+            output=environ.get("CLAUDIO_OUTPUT"),
+            no_output=environ.get("CLAUDIO_NO_OUTPUT", "") not in ("", "0"),
+        )
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What Claude Code's command line asks for."""
+
+    prompt: str
+    model: str
+    mcp_servers: list[str]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def read_command_line(argv: Sequence[str]) -> CommandLine:
+    """Raises SettingsError for a command line Claude Code would not be given here."""
+    parser = _Parser(prog="claudio", add_help=False, allow_abbrev=False)
+    parser.add_argument("-p", "--print", dest="prompt", required=True)
+    parser.add_argument("--output-format", choices=["stream-json"], required=True)
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--dangerously-skip-permissions", action="store_true")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--settings")
+    parser.add_argument("--mcp-config")
+    arguments = parser.parse_args(list(argv))
+    if not arguments.verbose:
+        raise SettingsError("--output-format stream-json with -p requires --verbose")
+    if arguments.settings is not None:
+        try:
+            json.loads(arguments.settings)
+        except ValueError as error:
+            raise SettingsError(f"--settings is not JSON: {error}") from None
+    return CommandLine(arguments.prompt, arguments.model, _mcp_servers(arguments.mcp_config))
+
+
+def _mcp_servers(config: str | None) -> list[str]:
+    if config is None:
+        return []
+    path = mapped(config, os.environ)
+    try:
+        return sorted(json.loads(path.read_text())["mcpServers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"--mcp-config {config} can't be used: {error!r}") from None
+
+
+def mapped(path: str, environ: Mapping[str, str]) -> Path:
+    """The path; under VOID_WORKSPACE where it is set and the path is under /workspace."""
+    workspace = environ.get("VOID_WORKSPACE")
+    if workspace and (path == "/workspace" or path.startswith("/workspace/")):
+        return Path(workspace) / path.removeprefix("/workspace").lstrip("/")
+    return Path(path)
+
+
+def output_path(prompt: str) -> str | None:
+    """The file that the prompt's last "Write your output to PATH." names."""
+    named: list[str] = re.findall(r"Write your output to (.+?)\.(?=\s|$)", prompt)
+    return named[-1] if named else None
+
+
+def find_skills(environ: Mapping[str, str]) -> list[str]:
+    """Names of the skills in `.claude/skills` here and in the workspace, sorted."""
+    places = (Path.cwd() / ".claude/skills", mapped("/workspace/.claude/skills", environ))
+    return sorted({skill.stem for place in places for skill in place.glob("*.md")})
+
+
+class Stream:
+    """Prints stream-json: one object a line, flushed at once. Counts tokens as it goes."""
+
+    def __init__(self, prompt: str, model: str) -> None:
+        self._seed = hashlib.sha256(prompt.encode("utf-8", "surrogateescape")).digest()
+        self.session_id = str(uuid.UUID(bytes=self._seed[:16], version=4))
+        self._model = model
+        self._serial = 0
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.tool_calls = 0
+        self._prompt_tokens = len(prompt) // 4 + 1
+
+    def system(self, skills: list[str], mcp_servers: list[str]) -> None:
+        """The first line: the session and what it has."""
+        self._line(
+            type="system",
+            subtype="init",
+            cwd=str(Path.cwd()),
+            session_id=self.session_id,
+            tools=TOOLS,
+            mcp_servers=[{"name": name, "status": "connected"} for name in mcp_servers],
+            model=self._model,
+            permissionMode="bypassPermissions",
+            apiKeySource="none",
+            skills=skills,
+        )
+
+    def say(self, text: str) -> None:
+        """An assistant's line of text."""
+        self._assistant({"type": "text", "text": text}, text)
+
+    def tool(self, name: str, arguments: dict[str, Any], result: str, *, failed: bool) -> None:
+        """A tool call and its result."""
+        self.tool_calls += 1
+        use_id = f"toolu_{self._id()}"
+        self._assistant(
+            {"type": "tool_use", "id": use_id, "name": name, "input": arguments},
+            json.dumps(arguments),
+        )
+        content = {
+            "type": "tool_result",
+            "tool_use_id": use_id,
+            "content": result,
+            "is_error": failed,
+        }
+        self._line(
+            type="user",
+            message={"role": "user", "content": [content]},
+            parent_tool_use_id=None,
+            session_id=self.session_id,
+        )
+
+    def result(self, text: str, *, turns: int, duration_ms: int, error: str | None) -> None:
+        """The last line: how it ended and what it took."""
+        outcome: dict[str, Any] = {
+            "subtype": "success" if error is None else "error_during_execution",
+            "is_error": error is not None,
+            "result": text if error is None else error,
+        }
+        if error is not None:
+            outcome["error"] = error
+        self._line(
+            type="result",
+            **outcome,
+            duration_ms=duration_ms,
+            duration_api_ms=duration_ms * 4 // 5,
+            num_turns=turns,
+            session_id=self.session_id,
+            # Prices of no model in particular: 3 and 15 dollars a million tokens.
+            total_cost_usd=round((self.input_tokens * 3 + self.output_tokens * 15) / 1e6, 6),
+            usage=self._usage(self.input_tokens, self.output_tokens),
+        )
+
+    def noise(self) -> None:
+        """Lines that a parser must step over."""
+        for line in NOISE:
+            self._write(line)
+
+    def _assistant(self, content: dict[str, Any], text: str) -> None:
+        spent = (self._prompt_tokens, len(text) // 4 + 1)
+        self.input_tokens += spent[0]
+        self.output_tokens += spent[1]
+        self._line(
+            type="assistant",
+            message={
+                "id": f"msg_{self._id()}",
+                "type": "message",
+                "role": "assistant",
+                "model": self._model,
+                "content": [content],
+                "stop_reason": None,
+                "usage": self._usage(*spent),
+            },
+            parent_tool_use_id=None,
+            session_id=self.session_id,
+        )
+
+    def _id(self) -> str:
+        self._serial += 1
+        return hashlib.sha256(self._seed + self._serial.to_bytes(4, "big")).hexdigest()[:24]
+
+    @staticmethod
+    def _usage(input_tokens: int, output_tokens: int) -> dict[str, int]:
+        return {
+            "input_tokens": input_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": output_tokens,
+        }
+
+    def _line(self, **event: Any) -> None:
+        self._write(json.dumps(event).encode())
+
+    @staticmethod
+    def _write(line: bytes) -> None:
+        sys.stdout.buffer.write(line + b"\n")
+        sys.stdout.buffer.flush()
+
+
+class Messenger:
+    """Talks to the sidecar as an agent does: through the void-message program on PATH."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.intents_sent = 0
+
+    def run(self, *arguments: str) -> str | None:
+        """Its output, or None where it failed; either way a tool call in the stream."""
+        succeeded, text = self._call(arguments)
+        command = {"command": " ".join(["void-message", *arguments])}
+        self._stream.tool("Bash", command, text, failed=not succeeded)
+        return text if succeeded else None
+
+    def inbox(self) -> list[str]:
+        """The ids of the messages in the inbox."""
+        text = self.run("inbox")
+        try:
+            return [str(entry["message_id"]) for entry in json.loads(text or "{}")["entries"]]
+        except (ValueError, KeyError, TypeError):
+            return []
+
+    def send(self, count: int, session_id: str) -> None:
+        """Send this many intents: signals to all, and of several the last is an evaluation."""
+        for number in range(1, count + 1):
+            last_of_several = number == count and count >= 2
+            kind, audience = (
+                ("evaluation", "leader") if last_of_several else ("signal", "broadcast")
+            )
+            summary = f"{kind} {number} of {count} from session {session_id}"
+            sent = self.run("send", "--kind", kind, "--audience", audience, "--summary", summary)
+            self.intents_sent += sent is not None
+
+    @staticmethod
+    def _call(arguments: Sequence[str]) -> tuple[bool, str]:
+        program = shutil.which("void-message")
+        if program is None:
+            return False, "void-message: not found on PATH"
+        try:
+            done = subprocess.run(
+                [program, *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=MESSAGE_DEADLINE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False, f"void-message: no answer within {MESSAGE_DEADLINE:g} s"
+        except OSError as error:
+            return False, f"void-message: {error}"
+        text = (done.stdout if done.returncode == 0 else done.stderr).decode("utf-8", "replace")
+        return done.returncode == 0, text.rstrip("\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play one session; the exit code."""
+    try:
+        command = read_command_line(sys.argv[1:] if argv is None else argv)
+        behaviour = Behaviour.read(os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"claudio: {error}\n")
+        return 2
+    if behaviour.hang:
+        # Before the first line, so that who has read it knows SIGTERM is ignored.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return play(command, behaviour)
+
+
+def play(command: CommandLine, behaviour: Behaviour) -> int:
+    """The session itself."""
+    stream = Stream(command.prompt, command.model)
+    skills = find_skills(os.environ)
+    stream.system(skills, command.mcp_servers)
+    if behaviour.hang:
+        return hang()
+    if behaviour.garbage:
+        stream.noise()
+
+    messenger = Messenger(stream) if os.environ.get("VOID_SIDECAR_URL") else None
+    inbox_seen: list[str] = []
+    for turn in range(1, behaviour.turns + 1):
+        pause(behaviour.delay_ms)
+        stream.say(f"Turn {turn} of {behaviour.turns}.")
+        if turn == 1:
+            stream.say(f"Skills: {', '.join(skills) or 'none'}.")
+            if messenger is not None:
+                messenger.run("context")
+                inbox_seen = messenger.inbox()
+            for number in range(1, behaviour.tools + 1):
+                stream.tool("Bash", {"command": f"echo {number}"}, str(number), failed=False)
+        if behaviour.garbage:
+            stream.noise()
+    if messenger is not None:
+        messenger.send(behaviour.intents, stream.session_id)
+
+    summary = f"Finished {behaviour.turns} turns."
+    path = output_path(command.prompt)
+    error = behaviour.fail
+    if path is not None and not behaviour.no_output and error is None:
+        text = behaviour.output
+        if text is None:
+            report = {
+                "status": "success",
+                "summary": summary,
+                "metrics": {
+                    "turns": behaviour.turns,
+                    "tool_calls": stream.tool_calls,
+                    "intents_sent": 0 if messenger is None else messenger.intents_sent,
+                },
+                "inbox_seen": inbox_seen,
+            }
+            text = json.dumps(report, indent=2)
+        error = write_output(stream, path, text)
+    duration = behaviour.turns * (behaviour.delay_ms + 100)
+    stream.result(summary, turns=behaviour.turns, duration_ms=duration, error=error)
+    return behaviour.exit_code
+
+
+def write_output(stream: Stream, path: str, text: str) -> str | None:
+    """Write the output file, whole or not at all; what went wrong, if anything."""
+    target = mapped(path, os.environ)
+    partial = target.with_name(f".{target.name}.claudio")
+    problem = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(os.fsencode(text))
+        partial.replace(target)
+    except OSError as error:
+        problem = f"can't write {path}: {error.strerror or error}"
+    stream.tool("Write", {"file_path": path}, problem or "File written.", failed=bool(problem))
+    return problem
+
+
+def pause(milliseconds: int) -> None:
+    """Wait, without a busy loop."""
+    if milliseconds:
+        select.select([], [], [], milliseconds / 1000)
+
+
+def hang() -> int:
+    """Wait to be killed, on a pipe into which nobody writes."""
+    reader, writer = os.pipe()
+    try:
+        select.select([reader], [], [], HANG_DEADLINE)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

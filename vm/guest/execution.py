@@ -1,0 +1,237 @@
+"""Running one program for the host: output as it comes, input, time limit, and its end."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .descendants import Children, descendants, send_signal
+from .messages import CHUNK_BYTES, ExecChunk, ExecRequest, ExecResponse, Stream
+from .place import Place
+
+DRAIN_SECONDS = 0.5
+"""How long output is still read after the program exited, when something it started holds
+its pipes open."""
+
+STDIN_BYTES = 65536
+
+
+class Identity(NamedTuple):
+    """The user programs run as."""
+
+    uid: int
+    gid: int
+
+
+class Tail:
+    """The last ``limit`` bytes of a stream."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data = bytearray()
+        self.truncated = False
+
+    def add(self, data: bytes) -> None:
+        self._data += data
+        if len(self._data) > 2 * self._limit:
+            self._trim()
+
+    def _trim(self) -> None:
+        if len(self._data) > self._limit:
+            del self._data[: -self._limit]
+            self.truncated = True
+
+    def value(self) -> bytes:
+        self._trim()
+        return bytes(self._data)
+
+
+class Execution:
+    """One program. ``run`` blocks until it has ended; the other methods may be called from
+    any thread meanwhile."""
+
+    def __init__(
+        self,
+        request: ExecRequest,
+        place: Place,
+        children: Children,
+        identity: Identity | None,
+        keep_bytes: int,
+    ) -> None:
+        self._request = request
+        self._place = place
+        self._children = children
+        self._identity = identity
+        self._outputs = {"stdout": Tail(keep_bytes), "stderr": Tail(keep_bytes)}
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._killed: str | None = None
+        self._pending_signals: list[int] = []
+
+    def signal(self, number: int) -> None:
+        """Signal the program's process group; kept for later when it is not started yet."""
+        with self._lock:
+            if self._child is None:
+                self._pending_signals.append(number)
+            else:
+                self._signal_group(number)
+
+    def kill(self, reason: str) -> None:
+        """End the program and all it started, whatever group they moved to."""
+        with self._lock:
+            self._killed = self._killed or reason
+            if self._child is None:
+                return
+            below = descendants(self._child.pid)
+            self._signal_group(signal.SIGKILL)
+            send_signal(below, signal.SIGKILL)
+
+    def _signal_group(self, number: int) -> None:
+        # Callers hold the lock, and the child is reaped only under it: the pid is still its.
+        if self._child is not None and self._child.returncode is None:
+            try:
+                os.killpg(self._child.pid, number)
+            except (ProcessLookupError, PermissionError):
+                return
+
+    def run(self, emit: Callable[[ExecChunk], None]) -> ExecResponse:
+        """Run the program to its end. An OSError from ``emit`` (the host is gone) kills it."""
+        began = time.monotonic()
+        try:
+            child = self._start()
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            text = f"could not start {self._request.program!r}: {error}"
+            return ExecResponse(b"", b"", -1, text, _milliseconds(began))
+        timer: threading.Timer | None = None
+        if self._request.timeout_secs:
+            seconds = min(self._request.timeout_secs, threading.TIMEOUT_MAX)
+            text = f"Process killed after {self._request.timeout_secs}s timeout"
+            timer = threading.Timer(seconds, self.kill, [text])
+            timer.start()
+        try:
+            self._pump(child, emit)
+        finally:
+            if timer is not None:
+                timer.cancel()
+                timer.join()
+            with self._lock:
+                code = self._children.finish(child)
+        return self._response(code, began)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        request, place = self._request, self._place
+        argv = [place.argument(text) for text in (request.program, *request.args)]
+        user = {}
+        if self._identity is not None:
+            user = {"user": self._identity.uid, "group": self._identity.gid}
+        with self._lock:
+            if self._killed is not None:
+                raise OSError(self._killed)
+            self._child = self._children.start(
+                argv,
+                stdin=subprocess.PIPE if request.stdin else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=place.working_dir(request.working_dir),
+                env=place.environment(request.env, pty=False),
+                **user,
+                **({"extra_groups": []} if user else {}),
+            )
+            for number in self._pending_signals:
+                self._signal_group(number)
+            return self._child
+
+    def _pump(self, child: subprocess.Popen[bytes], emit: Callable[[ExecChunk], None]) -> None:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        exited = os.pidfd_open(child.pid)
+        poll = select.poll()
+        poll.register(exited, select.POLLIN)
+        readers: dict[int, Stream] = {child.stdout.fileno(): "stdout"}
+        readers[child.stderr.fileno()] = "stderr"
+        for fd in readers:
+            poll.register(fd, select.POLLIN)
+        pending = memoryview(self._request.stdin)
+        if child.stdin is not None:
+            os.set_blocking(child.stdin.fileno(), False)
+            poll.register(child.stdin.fileno(), select.POLLOUT)
+        sequence: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+        deadline: float | None = None
+        try:
+            while readers or deadline is None:
+                wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+                ready = poll.poll(None if wait is None else wait * 1000)
+                if not ready or wait == 0.0:
+                    return
+                for fd, _ in ready:
+                    if fd == exited:
+                        poll.unregister(exited)
+                        deadline = time.monotonic() + DRAIN_SECONDS
+                    elif fd in readers:
+                        if not self._read(fd, readers[fd], sequence, emit):
+                            poll.unregister(fd)
+                            del readers[fd]
+                    elif child.stdin is not None:
+                        pending = _write_some(fd, pending)
+                        if not pending:
+                            poll.unregister(fd)
+                            child.stdin.close()
+        except OSError:
+            self.kill("the host is gone")
+            select.select([exited], [], [], DRAIN_SECONDS)
+        finally:
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream is not None:
+                    stream.close()
+            os.close(exited)
+
+    def _read(
+        self,
+        fd: int,
+        stream: Stream,
+        sequence: dict[Stream, int],
+        emit: Callable[[ExecChunk], None],
+    ) -> bool:
+        data = os.read(fd, CHUNK_BYTES)
+        if not data:
+            return False
+        self._outputs[stream].add(data)
+        emit(ExecChunk(stream, data, sequence[stream]))
+        sequence[stream] += 1
+        return True
+
+    def _response(self, code: int, began: float) -> ExecResponse:
+        error = self._killed
+        if error is None and code < 0:
+            error = "Process killed by signal (exit_code mapped to -1)"
+        out, err = self._outputs["stdout"], self._outputs["stderr"]
+        stdout, stderr = out.value(), err.value()
+        return ExecResponse(
+            stdout,
+            stderr,
+            -1 if self._killed is not None or code < 0 else code,
+            error,
+            _milliseconds(began),
+            -code if code < 0 else None,
+            out.truncated or err.truncated,
+        )
+
+
+def _write_some(fd: int, pending: memoryview) -> memoryview:
+    try:
+        return pending[os.write(fd, pending[:STDIN_BYTES]) :]
+    except BlockingIOError:
+        return pending
+    except OSError:  # the program closed its input: it has read all it wants
+        return pending[:0]
+
+
+def _milliseconds(began: float) -> int:
+    return int((time.monotonic() - began) * 1000)

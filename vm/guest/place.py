@@ -1,0 +1,68 @@
+"""Where guest paths really are, and what a program finds around it.
+
+In a machine the root is ``/`` and nothing changes. The process machine gives a scratch
+directory as root; there ``/workspace``, ``/home/sandbox``, ``/etc/voidbox`` and ``/tmp`` mean
+the directories of the same name under it, in file requests and working directories, and so
+do whole arguments and environment values that are or begin with ``/workspace`` or
+``/home/sandbox`` (text in the middle of an argument is left alone).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+WORKSPACE = "/workspace"
+HOME = "/home/sandbox"
+MAPPED = (WORKSPACE, HOME, "/etc/voidbox", "/tmp")  # noqa: S108 - a guest path, not ours
+_SYSTEM_PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
+
+
+class Place:
+    """The file system and environment as programs of one machine see them."""
+
+    def __init__(self, root: str, extra_env: Iterable[tuple[str, str]] = ()) -> None:
+        self.root = root.rstrip("/")
+        self._extra = tuple(extra_env)
+
+    def prepare(self) -> None:
+        """Make the directories programs count on."""
+        for path in (*MAPPED, "/usr/local/bin", "/home/sandbox/.local/bin"):
+            os.makedirs(self.root + path, exist_ok=True)  # noqa: PTH103 - pathlib loads slowly
+
+    def path(self, guest_path: str) -> str:
+        """The real path of a guest path; unchanged outside the mapped directories."""
+        return self._mapped(guest_path, MAPPED)
+
+    def argument(self, text: str) -> str:
+        """An argument or environment value with a guest path made real."""
+        return self._mapped(text, (WORKSPACE, HOME))
+
+    def _mapped(self, text: str, prefixes: tuple[str, ...]) -> str:
+        for prefix in prefixes if self.root else ():
+            if text == prefix or text.startswith(prefix + "/"):
+                return self.root + text
+        return text
+
+    def working_dir(self, requested: str | None) -> str:
+        return self.path(requested or WORKSPACE)
+
+    def environment(self, requested: Iterable[tuple[str, str]], *, pty: bool) -> dict[str, str]:
+        """The whole environment of a program; what the request names wins."""
+        path = _SYSTEM_PATH
+        if self.root:
+            path = f"{self.root}/usr/local/bin:{os.environ.get('PATH', _SYSTEM_PATH)}"
+        if pty:
+            path = f"{self.root}{HOME}/.local/bin:{path}"
+        env = {
+            "PATH": path,
+            "HOME": self.root + HOME,
+            "TMPDIR": self.root + "/tmp",
+            "VOID_WORKSPACE": self.root + WORKSPACE,
+            "LANG": "C.UTF-8",
+        }
+        if pty:
+            env["TERM"] = "xterm-256color"
+        for key, value in (*self._extra, *requested):
+            env[key] = self.argument(value)
+        return env

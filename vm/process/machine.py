@@ -1,0 +1,320 @@
+"""A machine that is only a local process in a scratch directory. No isolation whatsoever."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from voidbus.vm.channel import GuestChannel
+from voidbus.vm.connect import Connected, connect_guest
+from voidbus.vm.faults import ChannelFault
+from voidbus.vm.guest.descendants import descendants, kill_descendants, send_signal, stat_fields
+from voidbus.vm.machine import Lease, Machine, MachineError, MachineExit, MachineSpec, StopStep
+
+CONSOLE_BYTES = 64 * 1024
+_GUEST = Path(__file__).resolve().parent.parent / "guest"
+_SIDECAR = _GUEST.parent.parent / "sidecar"
+
+# A local stream loses nothing, so one patient try is the quickest.
+_PONG_WAIT = (1.0, 5.0)
+
+_KILL_SECONDS = 2.0
+"""The small constant on top of a stop's grace: what killing the whole tree may take."""
+
+TOOLS = {
+    "claudio": _GUEST / "claudio.py",
+    "claude-code": _GUEST / "claudio.py",
+    "void-message": _SIDECAR / "void_message.py",
+}
+"""Programs every guest has, and the file each of them is."""
+
+
+class ProcessMachine(Machine):
+    """The guest agent as a child process. Everything below it ends with it, with this object's
+    process, and with ``kill``; see ``vm/guest/agent.py`` for how."""
+
+    name: ClassVar[str] = "process"
+    isolation: ClassVar[str] = "none"
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        *,
+        on_exit: Callable[[MachineExit], None],
+        on_lease: Callable[[Lease], None],
+    ) -> None:
+        super().__init__(spec, on_exit=on_exit, on_lease=on_lease)
+        self._lock = threading.Lock()
+        self._start_lock = threading.Lock()
+        self._stopping = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._watcher: threading.Thread | None = None
+        self._channels: list[GuestChannel] = []
+        self._gone = threading.Event()
+        self._console = bytearray()
+        self._console_lock = threading.Lock()
+
+    # -- start ----------------------------------------------------------------------------
+
+    def start(self, timeout: float) -> GuestChannel:
+        deadline = time.monotonic() + timeout
+        with self._start_lock:
+            if self._child is not None:
+                raise MachineError(f"machine {self.spec.name}: started already")
+            try:
+                self._spawn()
+            except OSError as error:
+                raise MachineError(
+                    f"machine {self.spec.name}: the guest agent could not be started: {error}; "
+                    f"check the scratch directory {self.spec.scratch}"
+                ) from error
+            try:
+                return self._open_channel(deadline - time.monotonic())
+            except MachineError:
+                self.kill()
+                raise
+
+    def reconnect(self, timeout: float) -> GuestChannel:
+        with self._start_lock:
+            if self._child is None:
+                raise MachineError(f"machine {self.spec.name}: not started")
+            return self._open_channel(timeout)
+
+    def _spawn(self) -> None:
+        with self._lock:
+            if self._stopping:
+                raise MachineError(f"machine {self.spec.name}: stopped")
+        self._write_tools()
+        ours, theirs = socket.socketpair()
+        console, console_in = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_GUEST), "--control-fd", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=console_in,
+                stderr=console_in,
+                pass_fds=(theirs.fileno(),),
+                cwd=self.spec.scratch,
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(console)
+            ours.close()
+            raise
+        finally:
+            os.close(console_in)
+            theirs.close()
+        pidfd = os.pidfd_open(child.pid)
+        self._watcher = threading.Thread(
+            target=self._watch,
+            args=(child, pidfd, console),
+            name=f"{self.spec.name}-watch",
+            daemon=True,
+        )
+        with self._lock:
+            self._child, self._control = child, ours
+            stopped = self._stopping
+        # Before the watcher can reap it, its start time can be read.
+        lease = Lease("process", child.pid, int(stat_fields(child.pid)[19]))
+        self._watcher.start()
+        self._on_lease(lease)
+        if stopped:
+            self.kill()
+        else:
+            with contextlib.suppress(OSError):  # a child that died is seen by the handshake
+                ours.sendall(self._settings())
+
+    def _settings(self) -> bytes:
+        allowed = self.spec.allowed_commands
+        text = json.dumps(
+            {
+                "secret": self.spec.secret.hex(),
+                "root": str(self.spec.scratch),
+                "allowed": None if allowed is None else list(allowed),
+                "env": list(self.spec.env.items()),
+            }
+        ).encode()
+        return struct.pack("<I", len(text)) + text
+
+    def _write_tools(self) -> None:
+        folder = self.spec.scratch / "usr/local/bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, program in TOOLS.items():
+            # Not -I: a tool finds the files beside it by its own folder.
+            command = shlex.join([sys.executable, "-E", "-s", "-S", str(program)])
+            path = folder / name
+            path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            path.chmod(0o755)
+
+    def _open_channel(self, timeout: float) -> GuestChannel:
+        deadline = time.monotonic() + timeout
+        try:
+            channel = GuestChannel(self._dial(timeout), dial=self._dial, name=self.spec.name)
+        except ChannelFault as fault:
+            raise self._failure(fault.detail) from fault
+        with self._lock:
+            stopped = self._stopping
+            if not stopped:
+                self._channels.append(channel)
+        if stopped:
+            channel.close()
+            raise self._failure("stopped")
+        try:
+            for forward in self.spec.forwards:
+                left = max(0.0, deadline - time.monotonic())
+                channel.listen_forward(forward.guest_port, forward.host, left)
+        except ChannelFault as fault:
+            raise self._failure(fault.detail) from fault
+        return channel
+
+    def _dial(self, timeout: float) -> Connected:
+        return connect_guest(
+            self._connect,
+            self.spec.secret,
+            timeout,
+            pong_wait=_PONG_WAIT,
+            given_up=self._given_up,
+        )
+
+    def _given_up(self) -> str | None:
+        if self._stopping:
+            return "stopped"
+        return "the guest agent has ended" if self._gone.is_set() else None
+
+    def _connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        try:
+            with self._lock:
+                if self._control is None:
+                    raise ConnectionError("the machine is closed")
+                socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
+    def _failure(self, detail: str) -> MachineError:
+        name = self.spec.name
+        if self._stopping:
+            return MachineError(f"machine {name}: stopped")
+        lines = self.console().decode(errors="replace").splitlines()[-10:]
+        said = "its console: " + " | ".join(lines) if lines else "its console is empty"
+        return MachineError(
+            f"machine {name}: {detail}; {said}; start it again, with more time if it was slow"
+        )
+
+    # -- the guest's life -----------------------------------------------------------------
+
+    def _watch(self, child: subprocess.Popen[bytes], pidfd: int, console: int) -> None:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(console, select.POLLIN)
+        try:
+            running = True
+            while running:
+                for fd, _ in poll.poll():
+                    if fd == pidfd:
+                        running = False
+                    elif data := os.read(console, 4096):
+                        self._keep(data)
+                    else:
+                        poll.unregister(console)
+            # Something that was told to keep standard error may still hold the pipe.
+            os.set_blocking(console, False)
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(console, 4096):
+                    self._keep(data)
+        finally:
+            os.close(console)
+            os.close(pidfd)
+        # Popen's own code: negative for a signal.
+        code = child.wait()
+        self._gone.set()
+        if self._stopping:
+            reason = "stopped"
+        elif code < 0:
+            reason = f"the guest agent was killed by {signal.Signals(-code).name}"
+        else:
+            reason = f"the guest agent ended with exit code {code}"
+        self._on_exit(MachineExit(reason, code if code >= 0 else 128 - code))
+
+    def _keep(self, data: bytes) -> None:
+        with self._console_lock:
+            self._console += data
+            del self._console[:-CONSOLE_BYTES]
+
+    def console(self) -> bytes:
+        with self._console_lock:
+            return bytes(self._console)
+
+    # -- stop -----------------------------------------------------------------------------
+
+    def stop(self, grace: float) -> StopStep:
+        deadline = time.monotonic() + grace
+        with self._lock:
+            self._stopping = True
+            child = self._child
+            channel = self._channels[-1] if self._channels else None
+        if child is None or self._gone.is_set():
+            return StopStep.ALREADY_GONE
+        if channel is not None and channel.shutdown(grace / 2):
+            self._gone.wait(max(0.0, deadline - time.monotonic()))
+            if self._gone.is_set():
+                return StopStep.SHUTDOWN
+        self._signal(child, signal.SIGTERM)
+        if self._gone.wait(max(0.0, deadline - time.monotonic())):
+            return StopStep.TERMINATED
+        self.kill()
+        self._gone.wait(_KILL_SECONDS)
+        return StopStep.KILLED
+
+    def _signal(self, child: subprocess.Popen[bytes], number: int) -> None:
+        if not self._gone.is_set():
+            child.send_signal(number)  # does nothing once it was reaped
+
+    def kill(self) -> None:
+        with self._lock:
+            self._stopping = True
+            child, control = self._child, self._control
+        if child is None or self._gone.is_set():
+            return
+        # The agent first, so that it starts nothing new; its orphans fall to the warden.
+        below = descendants(child.pid)
+        send_signal(below, signal.SIGKILL)
+        if control is not None:
+            with contextlib.suppress(OSError):
+                control.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.kill()
+        with self._start_lock:  # a start under way has seen the kill and ends
+            child = self._child
+            if child is not None and not self._gone.wait(_KILL_SECONDS):
+                # The warden does not run (stopped, or stuck): do its work from here.
+                kill_descendants(child.pid, _KILL_SECONDS, spare=(child.pid,))
+                child.kill()
+            if self._watcher is not None:
+                self._watcher.join()
+            with self._lock:
+                channels, self._channels = self._channels, []
+                control, self._control = self._control, None
+            for channel in channels:
+                channel.close()
+            if control is not None:
+                control.close()
