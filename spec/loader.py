@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from voidbus.spec.document import Format, format_of, parse_document, read_bytes
@@ -11,7 +12,7 @@ from voidbus.spec.node import Node
 from voidbus.spec.problem import Position, Problem, SpecError, field_path
 from voidbus.spec.rules import BrokenRule, broken_rules
 from voidbus.spec.run import RunSpec
-from voidbus.spec.validation import validate
+from voidbus.spec.validation import MAX_PROBLEMS, validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def parse_run_spec(text: str | bytes, *, name: str, format: Format) -> LoadedRun
     root = parse_document(text, source=name, format=format)
     spec, problems = validate(RunSpec, root, "warning")
     if spec is not None:
-        problems += [_problem(root, rule) for rule in broken_rules(spec)]
+        problems += [_problem(root, rule) for rule in islice(broken_rules(spec), MAX_PROBLEMS)]
         problems.sort(key=lambda problem: (problem.line, problem.column))
     if spec is None or any(problem.level == "error" for problem in problems):
         raise SpecError(problems)

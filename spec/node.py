@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from voidbus.spec.problem import Location, Position, Problem, SpecError
@@ -85,18 +86,28 @@ class Node:
 
     def with_value(self, location: Location, node: Node) -> Node:
         """This tree with `node` at `location`; mappings missing on the way are made."""
-        if not location:
-            return node
-        part, rest = location[0], location[1:]
-        if isinstance(part, int):
-            items = list(self.items or ())
-            items[part] = items[part].with_value(rest, node)
+        return self.with_values({location: node})
+
+    def with_values(self, values: Mapping[Location, Node]) -> Node:
+        """This tree with each node at its location; mappings missing on the way are made, and take
+        the place of scalars (`tcp: null`). Locations don't lie inside one another."""
+        if () in values:
+            return values[()]
+        inner: dict[str | int, dict[Location, Node]] = {}
+        for location, node in values.items():
+            inner.setdefault(location[0], {})[location[1:]] = node
+        if self.items is not None:
+            items = list(self.items)
+            for part, deeper in inner.items():
+                if isinstance(part, int):
+                    items[part] = items[part].with_values(deeper)
             return replace(self, items=tuple(items))
         entries = dict(self.entries or {})
-        inner = entries.get(part) or Entry(node.position, Node(node.position, entries={}))
-        entries[part] = Entry(inner.key_position, inner.node.with_value(rest, node))
-        # A scalar that stood here (`tcp: null`) gives way to the mapping.
-        return replace(self, entries=entries, items=None, value=None, text=None)
+        for part, deeper in inner.items():
+            position = next(iter(deeper.values())).position
+            entry = entries.get(str(part)) or Entry(position, Node(position, entries={}))
+            entries[str(part)] = Entry(entry.key_position, entry.node.with_values(deeper))
+        return replace(self, entries=entries, value=None, text=None)
 
 
 def sequence(position: Position, items: list[Node]) -> Node:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from voidbus.spec.levels import CircularDependency, UnknownStep, dependency_levels
 from voidbus.spec.problem import Level, Location, nearest
@@ -22,6 +23,9 @@ from voidbus.spec.run import (
 )
 
 _SECTIONS = {"agent": "an agent", "pipeline": "a pipeline", "workflow": "a workflow"}
+
+# Names a misspelling is compared with: each comparison costs, and the list may be thousands long.
+_MAX_COMPARED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,8 @@ def _pipeline(pipeline: PipelineSpec) -> Iterator[BrokenRule]:
         yield BrokenRule(("pipeline", "boxes"), "pipeline.boxes cannot be empty")
         return
     boxes = ("pipeline", "boxes")
-    names = [box.name for box in pipeline.boxes]
-    yield from _names(boxes, names, "box")
+    names = dict.fromkeys(box.name for box in pipeline.boxes)
+    yield from _names(boxes, [box.name for box in pipeline.boxes], "box")
     outputs: dict[str, Location] = {}
     for index, box in enumerate(pipeline.boxes):
         yield from _outputs((*boxes, index), box, outputs)
@@ -140,11 +144,11 @@ def _box(location: Location, box: BoxSpec, outputs: dict[str, Location]) -> Iter
                 (*location, "inputs", index, "from"),
                 f"unknown output '{source.source}'",
                 allowed=_listed(outputs) or "none: no box has outputs",
-                suggestion=nearest(source.source, outputs),
+                suggestion=nearest(source.source, islice(outputs, _MAX_COMPARED)),
             )
 
 
-def _stages(pipeline: PipelineSpec, names: Sequence[str]) -> Iterator[BrokenRule]:
+def _stages(pipeline: PipelineSpec, names: Mapping[str, None]) -> Iterator[BrokenRule]:
     used: set[str] = set()
     for index, stage in enumerate(pipeline.stages):
         location: Location = ("pipeline", "stages", index)
@@ -163,7 +167,7 @@ def _stages(pipeline: PipelineSpec, names: Sequence[str]) -> Iterator[BrokenRule
                 yield BrokenRule(place, f"unknown box '{name}': an earlier stage has used it")
             used.add(name)
     if pipeline.stages:
-        for index, name in enumerate(names):
+        for index, name in enumerate(box.name for box in pipeline.boxes):
             if name not in used:
                 place = ("pipeline", "boxes", index)
                 yield BrokenRule(
@@ -175,8 +179,9 @@ def _workflow(workflow: WorkflowSpec) -> Iterator[BrokenRule]:
     if not workflow.steps:
         yield BrokenRule(("workflow", "steps"), "workflow.steps cannot be empty")
         return
-    names = [step.name for step in workflow.steps]
-    yield from _names(("workflow", "steps"), names, "step")
+    declared = [step.name for step in workflow.steps]
+    names = dict.fromkeys(declared)
+    yield from _names(("workflow", "steps"), declared, "step")
     for index, step in enumerate(workflow.steps):
         yield from _step(("workflow", "steps", index), step, names)
     if workflow.output_step is not None and workflow.output_step not in names:
@@ -186,11 +191,11 @@ def _workflow(workflow: WorkflowSpec) -> Iterator[BrokenRule]:
     except UnknownStep:
         pass  # told above, step by step
     except CircularDependency as error:
-        place = ("workflow", "steps", names.index(error.step), "depends_on")
+        place = ("workflow", "steps", declared.index(error.step), "depends_on")
         yield BrokenRule(place, str(error))
 
 
-def _step(location: Location, step: StepSpec, names: Sequence[str]) -> Iterator[BrokenRule]:
+def _step(location: Location, step: StepSpec, names: Mapping[str, None]) -> Iterator[BrokenRule]:
     if not step.run.program.strip():
         yield BrokenRule((*location, "run", "program"), "the program cannot be empty")
     for index, dependency in enumerate(step.depends_on):
@@ -225,12 +230,14 @@ def _blank(location: Location, name: str) -> Iterator[BrokenRule]:
         yield BrokenRule(location, "cannot be empty")
 
 
-def _no_step(location: Location, name: str, names: Sequence[str]) -> BrokenRule:
+def _no_step(location: Location, name: str, names: Mapping[str, None]) -> BrokenRule:
     return _unknown(location, f"Step '{name}' not found in workflow", name, names)
 
 
-def _unknown(location: Location, message: str, name: str, names: Sequence[str]) -> BrokenRule:
-    return BrokenRule(location, message, None, _listed(names), nearest(name, names[:100]))
+def _unknown(location: Location, message: str, name: str, names: Mapping[str, None]) -> BrokenRule:
+    return BrokenRule(
+        location, message, None, _listed(names), nearest(name, islice(names, _MAX_COMPARED))
+    )
 
 
 def _odd(location: Location, found: str, allowed: Sequence[str], outcome: str) -> BrokenRule:
@@ -244,8 +251,8 @@ def _odd(location: Location, found: str, allowed: Sequence[str], outcome: str) -
     )
 
 
-def _listed(names: Sequence[str] | dict[str, Location]) -> str:
-    shown = [name[:60] for name in list(names)[:12]]
+def _listed(names: Mapping[str, object]) -> str:
+    shown = [name[:60] for name in islice(names, 12)]
     return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -15,7 +16,7 @@ from voidbus.spec.problem import Level, Location, Problem, field_path, nearest
 Model = TypeVar("Model", bound=BaseModel)
 
 # Problems past these are noise, and each costs a line.
-_MAX_PROBLEMS = 100
+MAX_PROBLEMS = 100
 
 _MESSAGES = {
     "missing": "is required",
@@ -47,13 +48,13 @@ def validate(model: type[Model], root: Node, unknown: Level) -> tuple[Model | No
     root, found, errors = _attempt(model, root)
     problems: list[Problem] = []
     explained: set[Location] = set()
-    strangers = list(_unknown_fields(model, root, ()))
+    strangers = list(islice(_unknown_fields(model, root, ()), MAX_PROBLEMS))
     problems.extend(
         _problem(error, root, strangers, explained)
-        for error in errors[:_MAX_PROBLEMS]
+        for error in errors[:MAX_PROBLEMS]
         if error["type"] != "extra_forbidden"
     )
-    for location, candidates in strangers[:_MAX_PROBLEMS]:
+    for location, candidates in strangers:
         if location not in explained:
             problems.append(_stranger(root, location, candidates, unknown))
     problems.sort(key=lambda problem: (problem.line, problem.column))
@@ -71,16 +72,15 @@ def _attempt(model: type[Model], root: Node) -> tuple[Node, Model | None, list[E
             return root, model.model_validate(root.plain()), []
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        retyped = root
+        texts: dict[Location, Node] = {}
         for error_ in errors:
             location = _location(error_)
             node = root.at(location)
             if error_["type"] in ("string_type", "path_type") and node and _is_text(node):
-                text = Node(node.position, value=node.text)
-                retyped = retyped.with_value(location, text)
-        if retyped is root:
+                texts[location] = Node(node.position, value=node.text)
+        if not texts:
             break
-        root = retyped
+        root = root.with_values(texts)
     return root, None, errors
 
 

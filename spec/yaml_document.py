@@ -156,6 +156,9 @@ class _Reader:
 
     def _key(self, event: yaml.Event) -> str:
         position = self._position(event)
+        if not isinstance(event, yaml.ScalarEvent | yaml.AliasEvent):
+            # Refused before it is read: mappings as keys of mappings nest without a path.
+            raise self._error(position, "a field name must be text")
         node = self._node(event)
         if node.items is not None or node.entries is not None:
             raise self._error(position, "a field name must be text")

@@ -59,7 +59,7 @@ ERRORS: list[tuple[str, dict[str, str], dict[str, object], str]] = [
         "{}",
         {"VOIDBUS_MAX_PARALLEL_RUNS": "many"},
         {},
-        "variable VOIDBUS_MAX_PARALLEL_RUNS: max_parallel_runs: must be a whole number (found 'many",
+        "VOIDBUS_MAX_PARALLEL_RUNS: max_parallel_runs: must be a whole number (found 'many')",
     ),
     ("{}", {"VOIDBUS_LOG__LEVL": "info"}, {}, "Did you mean 'VOIDBUS_LOG__LEVEL'?"),
     (
