@@ -25,6 +25,7 @@ from voidbus.actors.runtime.policy import (
 )
 from voidbus.actors.runtime.supervisor import ChildSpec, Supervisor
 from voidbus.transport.delivery import Delivery
+from voidbus.transport.fault import Fault
 from voidbus.transport.message import Message
 
 log = logging.getLogger("voidbus.actors")
@@ -102,7 +103,17 @@ class Root(Supervisor):
         """Refuse new work and come to an end. A second call may only hurry the first."""
         self._stopping = True
         log.info("stopping: %s runs within %.0f s", message.runs, message.deadline)
-        self.tell("supervisor/runs", StopRuns(mode=message.runs, deadline=message.deadline))
+
+        def answered(outcome: Message) -> None:
+            if isinstance(outcome, Fault):  # it isn't up, so neither is any run of its
+                self._stop_actors()
+
+        self.ask(
+            "supervisor/runs",
+            StopRuns(mode=message.runs, deadline=message.deadline),
+            answered,
+            timeout=message.deadline + 2.0,
+        )
         self.after(message.deadline + 2.0, self._stop_actors)
 
     @handles(RunsStopped)

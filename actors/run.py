@@ -65,6 +65,7 @@ _STOP_TIMEOUT = 10.0
 # How long the end of a run waits for the journal while the supervisor is there to take it, and
 # when it isn't: the spool has everything, and the next supervisor reads it.
 _FLUSH_TIMEOUT = 10.0
+_UNLINKED_FLUSH_TIMEOUT = 1.0
 
 POLICY = SupervisorPolicy(
     strategy=Strategy.ONE_FOR_ONE,
@@ -121,6 +122,7 @@ class RunActor(Supervisor):
         self._cancel_reason: str | None = None
         self._grace_timer: Timer | None = None
         self._machine: str | None = None
+        self._linked = False
         self._stages = StageTable()
         self._log = RunLog(self._log_line)
         self._exec_numbers = 0
@@ -371,7 +373,8 @@ class RunActor(Supervisor):
         self._writer.progress(self._progress())
         self._writer.commit(outcome.model_copy(update={"intents": intents}))
         self._writer.when_flushed(self._over)
-        self.after(_FLUSH_TIMEOUT, self._over)
+        # While there is no supervisor nobody takes them; the spool keeps them for the next one.
+        self.after(_FLUSH_TIMEOUT if self._linked else _UNLINKED_FLUSH_TIMEOUT, self._over)
 
     def _over(self) -> None:
         self.end(ExitReason(ExitKind.NORMAL, "the run is over"))
@@ -408,6 +411,7 @@ class RunActor(Supervisor):
 
     def link_changed(self, up: bool) -> None:
         """Told by the bus; any thread."""
+        self._linked = up
         if up:
             self.post(self._writer.link_up)
 

@@ -508,7 +508,7 @@ class Runs(Supervisor):
         if run.ended:
             self._release(run)
         else:
-            self._collect(run, f"its process {describe_returncode(returncode)}")
+            self._collect(run, f"its process ended: {describe_returncode(returncode)}")
 
     def _collect(self, run: _Run, reason: str) -> None:
         """The process is gone and the run has no outcome yet: find it, or make it."""

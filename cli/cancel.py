@@ -60,7 +60,7 @@ def cancel(
             return
         ended = []
         for answer in accepted:
-            already = answer.terminal_event_id is not None
+            already = answer.terminal_event_id is not None or answer.state.terminal
             if not already:
                 wait_for_end(supervisor, found[answer.run_id], grace)
             state = supervisor.ask(JOURNAL, InspectRun(run_id=answer.run_id), RunState)
@@ -83,7 +83,7 @@ def _tell_accepted(accepted: list[CancelAccepted], as_json: bool) -> None:
         print_json({"runs": [answer.model_dump(mode="json") for answer in accepted]})
         return
     for answer in accepted:
-        done = answer.terminal_event_id is not None
+        done = answer.terminal_event_id is not None or answer.state.terminal
         say(f"{plain(answer.run_id)} " + (f"had ended: {answer.state}" if done else "cancelling"))
 
 

@@ -58,9 +58,7 @@ class Supervisor:
         key = secrets.token_hex(16) if message.changes else ""
         return self.leaf.ask(dest, message, timeout=timeout, key=key)
 
-    def ask(
-        self, dest: str, message: Message, reply: type[M], timeout: float = ASK_TIMEOUT
-    ) -> M:
+    def ask(self, dest: str, message: Message, reply: type[M], timeout: float = ASK_TIMEOUT) -> M:
         """Ask and wait. Raises Refusal where a fault comes back."""
         return self.finish(self.begin(dest, message, timeout), reply)
 
@@ -155,11 +153,9 @@ def explain(fault: Fault, state: Path) -> Refusal:
             "with: voidbus actors",
             ExitCode.TIMED_OUT,
         )
-    if reason in (FaultReason.MAILBOX_FULL, FaultReason.OVERLOADED):
-        return Refusal(
-            fault, f"{fault.address} is overloaded: {fault.detail}. Try again", ExitCode.FAILED
-        )
-    if reason in (FaultReason.UNHANDLED,):
+    if reason is FaultReason.MAILBOX_FULL:
+        return Refusal(fault, f"{fault.address} is overloaded; try again", ExitCode.FAILED)
+    if reason is FaultReason.UNHANDLED:
         return Refusal(
             fault,
             f"{fault.address} does not know this command: {fault.detail}. Use the same version of "
@@ -167,4 +163,4 @@ def explain(fault: Fault, state: Path) -> Refusal:
             ExitCode.FAILED,
         )
     # The others carry the receiver's own words.
-    return Refusal(fault, fault.detail, ExitCode.FAILED)
+    return Refusal(fault, fault.detail or f"{fault.address}: {reason}", ExitCode.FAILED)

@@ -34,7 +34,7 @@ def events(place: Place, run: str, follow: bool, since: int, as_json: bool) -> N
     With --follow they are printed as they come, until the run has ended; --json then prints one
     document on a line for each.
     """
-    _show(place, run, follow, since, as_json, lambda event: True, event_line)
+    _show(place, run, follow, since, as_json, lambda _: True, event_line)
 
 
 @click.command()

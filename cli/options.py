@@ -27,7 +27,7 @@ class Place:
 
 
 def _take_state_dir(
-    context: click.Context, parameter: click.Parameter, value: Path | None
+    context: click.Context, _parameter: click.Parameter, value: Path | None
 ) -> Path | None:
     if value is not None:
         # The command's own option wins over the group's.
@@ -70,7 +70,7 @@ def runs_argument(function: F) -> F:
 
 
 def _complete_run(
-    context: click.Context, parameter: click.Parameter, incomplete: str
+    context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Ids of runs; none, and no words, where there is nobody to ask."""
     from voidbus.cli.connect import connect

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from voidbus.actors.messages.runs import (
     CancelAccepted,
@@ -44,31 +45,30 @@ from voidbus.cli.own_supervisor import OwnSupervisor, connect_or_start
 from voidbus.cli.progress import Progress, progress_for
 from voidbus.cli.runs import cost_line
 from voidbus.cli.validate import check_file
+from voidbus.spec.policy import Policy
 from voidbus.transport.fault import FaultReason
 
-# What a run's policy may say; all are whole numbers.
-POLICY_FIELDS = (
-    "max_parallel_microvms_per_run",
-    "max_stage_retries",
-    "stage_timeout_secs",
-    "cancel_grace_period_secs",
-)
 # Journaling a run and answering takes milliseconds; loading what it names may take longer.
 _START_TIMEOUT = 30.0
 
 
 def _policy(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, Any] | None:
+    """`--policy name=number`, checked as the supervisor will."""
     policy: dict[str, Any] = {}
     for given in values:
-        name, equals, value = given.partition("=")
-        if name not in POLICY_FIELDS:
-            raise click.BadParameter(f"'{name}' is none of {', '.join(POLICY_FIELDS)}")
+        name, _, value = given.partition("=")
+        if name not in Policy.model_fields:
+            raise click.BadParameter(f"'{name}' is none of {', '.join(Policy.model_fields)}")
         try:
             policy[name] = int(value)
         except ValueError:
             raise click.BadParameter(f"'{given}': write it as {name}=NUMBER") from None
+    try:
+        Policy.model_validate(policy)
+    except ValidationError as error:
+        raise click.BadParameter(error.errors(include_url=False)[0]["msg"]) from None
     return policy or None
 
 
@@ -165,7 +165,9 @@ def _follow(supervisor: Supervisor, request: StartRun, as_json: bool) -> int:
         state = supervisor.ask(JOURNAL, InspectRun(run_id=accepted.run_id), RunState)
         sent = _intents(supervisor, accepted.run_id)
     if as_json:
-        print_json(state.model_dump(mode="json") | {"intents": sent.model_dump(mode="json")["intents"]})
+        print_json(
+            state.model_dump(mode="json") | {"intents": sent.model_dump(mode="json")["intents"]}
+        )
     else:
         _tell_result(state, sent)
     return ExitCode.INTERRUPTED if interrupts.count else exit_code(state)

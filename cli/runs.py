@@ -60,11 +60,13 @@ def _chosen(
     everything: bool, state: str | None
 ) -> tuple[Literal["active", "terminal"] | None, str | None]:
     """What to ask the journal for, and the one status to keep of it."""
-    if state == "active" or state == "terminal":
-        return state, None
-    if state is not None:
-        return ("terminal" if RunStatus(state).terminal else "active"), state
-    return (None if everything else "active"), None
+    if state is None:
+        return (None if everything else "active"), None
+    if state == "active":
+        return "active", None
+    if state == "terminal":
+        return "terminal", None
+    return ("terminal" if RunStatus(state).terminal else "active"), state
 
 
 def _row(run: RunState) -> list[str]:
@@ -102,7 +104,7 @@ def inspect(place: Place, run: str, as_json: bool) -> None:
         )
     if state.report is not None and state.report.output:
         say("output")
-        say(plain_lines(state.report.output))
+        say(plain_lines(state.report.output.rstrip("\n")))
 
 
 def _sidecar(supervisor: Supervisor, state: RunState) -> dict[str, object] | None:

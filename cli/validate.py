@@ -14,7 +14,9 @@ from voidbus.spec.problem import Problem, SpecError
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE..."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the fields of docs/cli.md.")
 def validate(files: tuple[Path, ...], as_json: bool) -> int:
     """Check run specifications without starting anything. Needs no supervisor."""

@@ -480,9 +480,11 @@ class Node(ABC):
                 return
             for source, _ in ready:
                 if isinstance(source, int):
-                    self._waking = False
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake_fd)
+                    # In this order: the other way round, a wake between the two would be read
+                    # away while the flag says it is still to come, and nobody would wake us again.
+                    self._waking = False
                 else:
                     self._drain(source)
             while self._calls:

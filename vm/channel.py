@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
-import os
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from voidbus.vm.connect import Connected
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest import messages
 from voidbus.vm.guest.forward import StreamPump
 from voidbus.vm.guest.frames import (
-    GUEST_STREAM_BIT,
-    Frame,
-    FrameDecoder,
     MessageType,
     ProtocolError,
     encode_message,
-    split_message,
 )
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.guest.messages import ExecRequest, FileStat, TelemetryBatch
+from voidbus.vm.multiplexer import Multiplexer, Slot, guarded
 from voidbus.vm.pty import PtyCall, PtyChannel
-from voidbus.vm.sender import Sender
-
-log = logging.getLogger(__name__)
 
 DEFAULT_EXEC_SECONDS = 1200.0
 """How long an exec without a limit of its own may take (protocol, "Exec")."""
 
 EXEC_SLACK = 10.0
 """Seconds the guest gets beyond an exec's limit to report it itself."""
-
-_RECEIVE = 256 * 1024
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -85,20 +70,7 @@ class ExecHandle:
         return self._channel.send_signal(self.request_id, number)
 
 
-@dataclass
-class _Slot:
-    """A call under way. Exactly one of the two callbacks ends it, once."""
-
-    expected: MessageType
-    deadline: float | None
-    on_body: Callable[[bytes], None]
-    on_fault: Callable[[ChannelFault], None]
-    on_chunk: Callable[[bytes], None] | None = None
-    lasting: bool = False
-    what: str = ""
-
-
-class GuestChannel:
+class GuestChannel(Multiplexer):
     """One authenticated connection to a guest agent.
 
     Calls are safe from any thread. Callbacks run on the channel's reader thread: they must be
@@ -118,28 +90,16 @@ class GuestChannel:
         on_lost: Callable[[ChannelFault], None] | None = None,
         name: str = "guest",
     ) -> None:
-        self.flags = connected.flags
+        super().__init__(connected, on_lost, name)
         self.forwards: dict[int, int] = {}
         """Ports the guest listens on: the port asked for, to the port it really has."""
-        self._sock = connected.sock
         self._dial = dial
-        self._on_lost = on_lost
-        self._name = name
         self._raw = Flags.RAW_BODIES in self.flags
-        self._lock = threading.Lock()
-        self._ids = itertools.count(1)
-        self._slots: dict[int, _Slot] = {}
-        self._ended: ChannelFault | None = None
         self._endpoints: dict[int, tuple[str, int] | Path] = {}
         self._pump: StreamPump | None = None
         self._ptys: list[PtyChannel] = []
         self._close_lock = threading.Lock()
         self._released = False
-        self.dropped = 0
-        """Frames that belonged to no call: late or invented."""
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._sender = Sender(self._sock, self._broken, f"{name}-send")
-        self._reader = threading.Thread(target=self._read, name=f"{name}-read", daemon=True)
         self._reader.start()
 
     # -- calls ----------------------------------------------------------------------------
@@ -157,19 +117,19 @@ class GuestChannel:
 
         def chunk(body: bytes) -> None:
             message = messages.decode_exec_chunk(body, raw=raw)
-            _guarded(on_output, message.stream, message.data)
+            guarded(on_output, message.stream, message.data)
 
         def done(body: bytes) -> None:
             message = messages.decode_exec_response(body, raw=raw)
-            _guarded(on_done, ExecResult(*message))
+            guarded(on_done, ExecResult(*message))
 
         def fault(reason: ChannelFault) -> None:
-            _guarded(on_done, reason)
+            guarded(on_done, reason)
 
         request = ExecRequest(
             call.program, call.args, call.stdin, call.env, call.working_dir, call.timeout
         )
-        slot = _Slot(
+        slot = Slot(
             MessageType.EXEC_RESPONSE,
             time.monotonic() + limit + EXEC_SLACK if limit else None,
             done,
@@ -260,9 +220,9 @@ class GuestChannel:
         """Get batches for as long as the channel lasts. Raises ChannelFault."""
 
         def batch(body: bytes) -> None:
-            _guarded(on_batch, messages.decode_telemetry(body))
+            guarded(on_batch, messages.decode_telemetry(body))
 
-        slot = _Slot(
+        slot = Slot(
             MessageType.TELEMETRY_DATA, None, batch, lambda _: None, lasting=True, what="telemetry"
         )
         subscription = messages.TelemetrySubscription(interval_ms, include_kernel_threads)
@@ -326,148 +286,12 @@ class GuestChannel:
                 return
             self._refuse_on_reader()
             self._reader.join()
-            self._sender.close()
             if self._pump is not None:
                 self._pump.close()
             for pty in self._ptys:
                 pty.close(0)
-            self._sock.close()
-            os.close(self._wake)
+            self._close_connection()
             self._released = True
-
-    # -- slots ----------------------------------------------------------------------------
-
-    def _begin(self, slot: _Slot, kind: MessageType, body: bytes) -> int:
-        with self._lock:
-            if self._ended is not None:
-                raise ChannelFault(self._ended.reason, self._ended.detail)
-            request_id = next(self._ids) % GUEST_STREAM_BIT
-            self._slots[request_id] = slot
-            if slot.deadline is not None:
-                os.eventfd_write(self._wake, 1)
-        try:
-            self._sender.put(encode_message(kind, request_id, body))
-        except (ChannelFault, ProtocolError):
-            with self._lock:
-                mine = self._slots.pop(request_id, None)
-            if mine is None:
-                return request_id  # its fault has been delivered meanwhile
-            raise
-        return request_id
-
-    def _call(
-        self, kind: MessageType, body: bytes, decode: Callable[[bytes], _T], timeout: float
-    ) -> _T:
-        self._refuse_on_reader()
-        finished = threading.Event()
-        results: list[_T] = []
-        faults: list[ChannelFault] = []
-
-        def done(answer: bytes) -> None:
-            results.append(decode(answer))
-            finished.set()
-
-        def fault(reason: ChannelFault) -> None:
-            faults.append(reason)
-            finished.set()
-
-        slot = _Slot(
-            MessageType(kind + 1),
-            time.monotonic() + timeout,
-            done,
-            fault,
-            what=kind.name.lower().replace("_", " "),
-        )
-        try:
-            self._begin(slot, kind, body)
-        except ProtocolError as error:
-            raise ChannelFault(FaultReason.PROTOCOL, f"{slot.what} can't be sent: {error}") from None
-        finished.wait()  # the slot's own deadline ends it
-        if faults:
-            raise faults[0]
-        return results[0]
-
-    def _refuse_on_reader(self) -> None:
-        if threading.current_thread() is self._reader:
-            raise RuntimeError("a blocking call from a channel callback would wait for itself")
-
-    # -- reading --------------------------------------------------------------------------
-
-    def _read(self) -> None:
-        decoder = FrameDecoder()
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        fault = ChannelFault(FaultReason.LOST, "the guest closed the connection")
-        try:
-            while self._ended is None:
-                ready = poll.poll(self._until_next_deadline())
-                self._expire()
-                for fd, _ in ready:
-                    if fd == self._wake:
-                        os.eventfd_read(self._wake)
-                        continue
-                    data = self._sock.recv(_RECEIVE)
-                    if not data:
-                        return
-                    for frame in decoder.feed(data):
-                        self._deliver(frame)
-        except ProtocolError as error:
-            fault = ChannelFault(FaultReason.PROTOCOL, str(error))
-        except OSError as error:
-            fault = ChannelFault(FaultReason.LOST, f"reading failed: {error}")
-        finally:
-            self._end(fault)
-
-    def _until_next_deadline(self) -> float | None:
-        with self._lock:
-            times = [slot.deadline for slot in self._slots.values() if slot.deadline is not None]
-        return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            late = [
-                (number, slot)
-                for number, slot in self._slots.items()
-                if slot.deadline is not None and slot.deadline <= now
-            ]
-            for number, _ in late:
-                del self._slots[number]
-        for number, slot in late:
-            if slot.on_chunk is not None and Flags.CONCURRENT in self.flags:
-                with contextlib.suppress(ChannelFault):
-                    body = messages.encode_signal(9)
-                    self._sender.put(encode_message(MessageType.SIGNAL, number, body))
-            slot.on_fault(ChannelFault(FaultReason.DEADLINE, f"{slot.what}: no answer in time"))
-
-    def _deliver(self, frame: Frame) -> None:
-        kind = frame.known
-        if kind is None:
-            raise ProtocolError(f"frame of unknown type {frame.type}")
-        if kind == MessageType.PONG:
-            return
-        request_id, body = split_message(frame.payload)
-        if request_id & GUEST_STREAM_BIT:
-            self._stream_frame(kind, request_id, body)
-            return
-        with self._lock:
-            slot = self._slots.get(request_id)
-            if slot is not None and kind == slot.expected and not slot.lasting:
-                del self._slots[request_id]
-        if slot is None:
-            self.dropped += 1
-        elif kind == MessageType.EXEC_OUTPUT_CHUNK and slot.on_chunk is not None:
-            slot.on_chunk(body)
-        elif kind == slot.expected:
-            try:
-                slot.on_body(body)
-            except ProtocolError as error:
-                if not slot.lasting:
-                    slot.on_fault(ChannelFault(FaultReason.PROTOCOL, f"{slot.what}: {error}"))
-                raise
-        else:
-            raise ProtocolError(f"{kind.name} in answer to {slot.what}")
 
     # -- forwards -------------------------------------------------------------------------
 
@@ -497,38 +321,10 @@ class GuestChannel:
         except ChannelFault as fault:
             raise OSError(fault.detail) from None
 
-    # -- the end --------------------------------------------------------------------------
-
-    def _broken(self, detail: str) -> None:
-        self._end(ChannelFault(FaultReason.LOST, detail))
-
-    def _end(self, fault: ChannelFault) -> None:
-        with self._lock:
-            if self._ended is not None:
-                return
-            self._ended = fault
-            slots = list(self._slots.values())
-            self._slots.clear()
-            os.eventfd_write(self._wake, 1)
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        for slot in slots:
-            slot.on_fault(ChannelFault(fault.reason, f"{slot.what}: {fault.detail}"))
-        if fault.reason != FaultReason.CLOSED and self._on_lost is not None:
-            _guarded(self._on_lost, fault)
-
 
 def _require(success: bool, what: str, error: str | None) -> None:
     if not success:
         raise ChannelFault(FaultReason.REFUSED, f"{what}: {error or 'no reason given'}")
-
-
-def _guarded(callback: Callable[..., None], *arguments: object) -> None:
-    """Call someone's callback; its failure is its own and not the channel's."""
-    try:
-        callback(*arguments)
-    except Exception:
-        log.exception("a channel callback failed")
 
 
 def _dial_endpoint(endpoint: tuple[str, int] | Path) -> socket.socket | None:

@@ -8,21 +8,23 @@ questions are answered meanwhile.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import pykka
 
 from voidbus.actors.messages.actor import Done, Inspect, Terminated
-from voidbus.actors.runtime.mailbox import Item, Mailbox, Overflow
+from voidbus.actors.runtime.mailbox import Item, Mailbox, Overflow, Waited
 from voidbus.actors.runtime.policy_model import ExitKind, ExitReason
-from voidbus.transport.delivery import Ask, Delivery, ReplyStore
+from voidbus.actors.runtime.pykka_inbox import PykkaInbox
+from voidbus.actors.runtime.replies import CommandReplies, Unanswered
+from voidbus.actors.runtime.timers import Timer, TimerQueue
+from voidbus.transport.delivery import Ask, Delivery
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import Message
 
@@ -67,19 +69,6 @@ class Place:
     generation: int
 
 
-class Timer:
-    """A call in the actor's thread at a time to come."""
-
-    __slots__ = ("cancelled", "run")
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.run = run
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
 Handler = Callable[[Any, Any, Delivery], Any]
 H = TypeVar("H", bound=Callable[..., object])
 
@@ -88,8 +77,13 @@ def handles(*types: type[Message]) -> Callable[[H], H]:
     """Mark a method as the handler of these message types.
 
     It is called with the message and its Delivery. It returns the reply (None answers `Done`), or
-    LATER and answers through the delivery; `Refuse` answers with a fault; any other exception
-    answers with a fault and ends the actor, for its supervisor to start again.
+    LATER and answers through the delivery, in the actor's own thread; `Refuse` answers with a
+    fault; any other exception answers with a fault and ends the actor, for its supervisor to
+    start again.
+
+    A subclass that overrides the method handles the same types with it, unless it marks it anew.
+    The repeat of a command (`Message.changes`) gets the stored reply; a fault is not stored, so a
+    command that was refused may be tried again.
     """
 
     def mark(method: H) -> H:
@@ -104,7 +98,8 @@ class Actor(pykka.ThreadingActor):
 
     A subclass names `mailbox_limit` and may name `overflow`, and `control`: the message types
     that overtake others. `on_start`, `on_stop_request` and `on_stop` run in the actor's thread;
-    `on_stop` runs however it ends.
+    `on_stop` runs however it ends. Whatever is raised there or in a handler, SystemExit and
+    KeyboardInterrupt too, ends this actor only.
     """
 
     use_daemon_thread: ClassVar[bool] = True
@@ -117,31 +112,39 @@ class Actor(pykka.ThreadingActor):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        handlers: dict[type[Message], Handler] = {}
+        marked: dict[str, tuple[type[Message], ...]] = {}
         for parent in reversed(cls.__mro__):
-            for value in vars(parent).values():
-                for message in getattr(value, "__handles__", ()):
-                    handlers[message] = value
-        cls._handlers = handlers
+            for name, value in vars(parent).items():
+                types = getattr(value, "__handles__", None)
+                if types is not None:
+                    marked.pop(name, None)  # what a subclass marks comes last and wins
+                    marked[name] = types
+        cls._handlers = {
+            message: getattr(cls, name) for name, types in marked.items() for message in types
+        }
 
     @classmethod
     def _create_actor_inbox(cls) -> Any:
         if cls.mailbox_limit < 1:
             raise TypeError(f"{cls.__name__} names no mailbox_limit; there is no default")
-        return PykkaInbox(Mailbox(cls.mailbox_limit, cls.overflow))
+        return PykkaInbox(Mailbox(cls.mailbox_limit, cls.overflow), cls.overflow)
 
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.system = place.system
         self.path = place.path
         self.generation = place.generation
-        self.mailbox: Mailbox = self.actor_inbox.mailbox  # type: ignore[attr-defined]
+        self._pykka: PykkaInbox = self.actor_inbox  # type: ignore[assignment]
+        self._pykka.owner = place.path
+        self._pykka.handle = self._handle_receive
+        self.mailbox: Mailbox = self._pykka.mailbox
         self.handled = 0
         self.exit_reason: ExitReason | None = None
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._timer_numbers = count()
-        self._replies = ReplyStore(_STORED_REPLIES, _STORED_REPLY_SECONDS)
+        self._timers = TimerQueue(lambda: self.system.clock())
+        self._replies = CommandReplies(_STORED_REPLIES, _STORED_REPLY_SECONDS)
+        self._unanswered = Unanswered()
         self._work: set[threading.Thread] = set()
+        self._under_way = 0
         self._thread: threading.Thread | None = None
 
     # -- hooks -----------------------------------------------------------------------------
@@ -150,7 +153,10 @@ class Actor(pykka.ThreadingActor):
         """Runs first. An exception is a failed start."""
 
     def on_stop_request(self, timeout: float) -> None:
-        """Asked to stop within `timeout` seconds. The default ends at once."""
+        """Asked to stop within `timeout` seconds. The default ends at once.
+
+        A second request may come with less time.
+        """
         self.end(ExitReason(ExitKind.SHUTDOWN, "stopped"))
 
     def on_stop(self) -> None:
@@ -194,10 +200,7 @@ class Actor(pykka.ThreadingActor):
 
     def after(self, seconds: float, run: Callable[[], None]) -> Timer:
         """Call `run` in this thread in `seconds`. For this actor's own thread."""
-        timer = Timer(run)
-        at = self.system.clock() + seconds
-        heapq.heappush(self._timers, (at, next(self._timer_numbers), timer))
-        return timer
+        return self._timers.after(seconds, run)
 
     def post(self, run: Callable[[], None], *, control: bool = True) -> FaultReason | None:
         """Call `run` in this actor's thread; may be called by any thread."""
@@ -212,10 +215,10 @@ class Actor(pykka.ThreadingActor):
     ) -> None:
         """Run `job`, which may block but has its own deadline, on a thread; `then` runs here.
 
-        Raises Refuse when too many jobs are under way.
+        `then` gets what the job returned or raised. The actor's end waits for its jobs after
+        `on_stop`, which may hurry them. Raises Refuse when too many jobs are under way.
         """
-        self._work = {thread for thread in self._work if thread.is_alive()}
-        if len(self._work) >= _WORK_LIMIT:
+        if self._under_way >= _WORK_LIMIT:
             raise Refuse(f"{self.path}: {_WORK_LIMIT} jobs are under way", FaultReason.OVERLOADED)
 
         def run() -> None:
@@ -223,11 +226,22 @@ class Actor(pykka.ThreadingActor):
                 outcome: T | Exception = job()
             except Exception as error:  # noqa: BLE001 - it is handed to the actor
                 outcome = error
-            self.mailbox.put(lambda: then(outcome), control=True)
+            except BaseException as error:  # noqa: BLE001 - `then` must hear of it all the same
+                outcome = RuntimeError(f"the job was ended by {type(error).__name__}: {error}")
+            self.mailbox.put(lambda: ended(outcome), control=True)
 
+        def ended(outcome: T | Exception) -> None:
+            self._under_way -= 1
+            then(outcome)
+
+        self._work = {thread for thread in self._work if thread.is_alive()}
         thread = threading.Thread(target=run, name=f"{self.path}-{name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the machine has no thread left
+            raise Refuse(f"{self.path}: {error}", FaultReason.OVERLOADED) from error
         self._work.add(thread)
-        thread.start()
+        self._under_way += 1
 
     def watch(self, path: str) -> None:
         """Get a Terminated message when the actor at `path` of this system ends."""
@@ -244,6 +258,10 @@ class Actor(pykka.ThreadingActor):
         """Take a message from the bus. Any thread."""
         return self.mailbox.put(delivery, control=type(delivery.message) in self.control)
 
+    def notice(self, delivery: Delivery) -> None:
+        """Take a notice it asked for, which no full mailbox may refuse. Any thread."""
+        self.mailbox.put(lambda: self._take(delivery), control=True)
+
     def request_stop(self, timeout: float) -> None:
         """Ask the actor to stop. Any thread."""
         self.mailbox.put(lambda: self.on_stop_request(timeout), control=True)
@@ -259,9 +277,15 @@ class Actor(pykka.ThreadingActor):
 
     def launch(self) -> None:
         """Start the thread. `System.start` calls it once the actor can be reached."""
-        self.actor_inbox.handle = self._handle_receive  # type: ignore[attr-defined]
         pykka.ActorRegistry.register(self.actor_ref)
         self._start_actor_loop()
+
+    def discard(self) -> None:
+        """Turn away what came for an actor whose thread could not be started."""
+        self.actor_stopped.set()
+        pykka.ActorRegistry.unregister(self.actor_ref)
+        for item in self.mailbox.close():
+            self._turn_away(item)
 
     def _stop(self) -> None:
         self.end(ExitReason(ExitKind.SHUTDOWN, "stopped"))
@@ -274,32 +298,22 @@ class Actor(pykka.ThreadingActor):
         try:
             self.on_start()
             self.system.started(self)
-            while self.exit_reason is None:
-                item = self.mailbox.get(self._run_timers())
+            while not self._ending():
+                wait = self._timers.run_due(self._ending)
+                if self._ending():
+                    break
+                item = self.mailbox.get(wait)
                 if item is not None:
+                    self.handled += 1
                     self._take(item)
         except BaseException as error:  # noqa: BLE001 - SystemExit too ends this actor only
             self._fail(error)
         self._finish()
 
-    def _run_timers(self) -> float | None:
-        """Run what is due; how long to wait for the next one."""
-        while self._timers:
-            at, _, timer = self._timers[0]
-            if timer.cancelled:
-                heapq.heappop(self._timers)
-                continue
-            remaining = at - self.system.clock()
-            if remaining > 0:
-                return remaining
-            heapq.heappop(self._timers)
-            timer.run()
-            if self.exit_reason is not None:
-                return 0.0
-        return None
+    def _ending(self) -> bool:
+        return self.exit_reason is not None
 
     def _take(self, item: Item) -> None:
-        self.handled += 1
         if not isinstance(item, Delivery):
             item()
         elif item.expired:
@@ -313,7 +327,7 @@ class Actor(pykka.ThreadingActor):
         if handler is None:
             self._handle_unknown(delivery)
             return
-        if message.changes and delivery.key and not self._begin_command(delivery):
+        if message.changes and delivery.wants_reply and not self._begin_command(delivery):
             return
         try:
             answer = handler(self, message, delivery)
@@ -324,11 +338,19 @@ class Actor(pykka.ThreadingActor):
             detail = f"{type(error).__name__} in {self.path}: {error}"
             delivery.fail(FaultReason.FAILED, detail[:500])
             raise
-        if delivery.wants_reply and not isinstance(answer, _Later):
+        if not delivery.wants_reply:
+            return
+        if isinstance(answer, _Later):
+            self._unanswered.add(delivery)
+        else:
             delivery.reply(answer if answer is not None else Done())
 
     def _begin_command(self, delivery: Delivery) -> bool:
-        key = f"{delivery.sender.partition('/')[0]}:{delivery.key}"
+        """Whether to carry a command out; a repeat gets the first one's reply instead."""
+        if not delivery.key:
+            return True
+        node = delivery.sender.partition("/")[0]
+        key = f"{node}:{delivery.message.tag}:{delivery.key}"
         if not self._replies.begin(key, delivery, _monotonic()):
             return False
         replies = self._replies
@@ -349,25 +371,39 @@ class Actor(pykka.ThreadingActor):
 
     def _fail(self, error: BaseException) -> None:
         log.error("%s failed: %s", self.path, error, exc_info=error)
-        self.exit_reason = ExitReason(ExitKind.FAULT, f"{type(error).__name__}: {error}"[:500])
+        if self.exit_reason is None or self.exit_reason.kind is not ExitKind.FAULT:
+            detail = f"{type(error).__name__}: {error}"[:500]
+            self.exit_reason = ExitReason(ExitKind.FAULT, detail)
 
     def _finish(self) -> None:
-        assert self.exit_reason is not None
+        """End: whatever fails on the way, everyone who waits is told."""
         self.actor_stopped.set()
         pykka.ActorRegistry.unregister(self.actor_ref)
         self.system.node.detach(self.path)
         rest = self.mailbox.close()
+        self._safely(self._release_children)
+        self._safely(self.on_stop)
+        for item in rest:
+            self._safely(partial(self._turn_away, item))
+        self._safely(lambda: self._unanswered.fail(f"{self.path} stopped before answering"))
+        self._safely(self._pykka.stopped)
+        self._safely(self._join_work)
+        self.system.ended(self)
+
+    def _safely(self, step: Callable[[], None]) -> None:
         try:
-            self.on_stop()
+            step()
         except BaseException as error:  # noqa: BLE001 - the others must still be told
             self._fail(error)
-        for item in rest:
-            if isinstance(item, Delivery):
-                item.fail(FaultReason.MAILBOX_CLOSED, f"{self.path} stopped before handling it")
-            elif isinstance(item, _PykkaItem):
-                item.refuse()
-        self._join_work()
-        self.system.ended(self)
+
+    def _release_children(self) -> None:
+        """For supervisors: stop what this actor would leave behind."""
+
+    def _turn_away(self, item: Item) -> None:
+        if isinstance(item, Delivery):
+            item.fail(FaultReason.MAILBOX_CLOSED, f"{self.path} stopped before handling it")
+        elif isinstance(item, Waited):
+            item.refuse(FaultReason.MAILBOX_CLOSED)
 
     def _join_work(self) -> None:
         deadline = _monotonic() + _WORK_JOIN_SECONDS
@@ -375,53 +411,6 @@ class Actor(pykka.ThreadingActor):
             thread.join(max(0.0, deadline - _monotonic()))
             if thread.is_alive():
                 log.error("%s: its job %s did not end", self.path, thread.name)
-
-
-class _PykkaItem:
-    """An envelope put by one of pykka's own references: handled as pykka would."""
-
-    __slots__ = ("actor_path", "envelope", "handle")
-
-    def __init__(self, envelope: Any, handle: Callable[[Any], Any]) -> None:
-        self.envelope = envelope
-        self.handle = handle
-
-    def __call__(self) -> None:
-        reply_to = self.envelope.reply_to
-        try:
-            response = self.handle(self.envelope.message)
-        except Exception:
-            if reply_to is None:
-                raise
-            reply_to.set_exception()
-            return
-        if reply_to is not None:
-            reply_to.set(response)
-
-    def refuse(self) -> None:
-        if self.envelope.reply_to is not None:
-            error = pykka.ActorDeadError("the actor stopped before handling the message")
-            self.envelope.reply_to.set_exception((pykka.ActorDeadError, error, None))
-
-
-class PykkaInbox:
-    """Our mailbox behind pykka's inbox protocol, so that pykka's references and proxies work."""
-
-    def __init__(self, mailbox: Mailbox) -> None:
-        self.mailbox = mailbox
-        self.handle: Callable[[Any], Any] = lambda _message: None
-
-    def put(self, envelope: Any, /) -> None:
-        item = _PykkaItem(envelope, self.handle)
-        if self.mailbox.put(item) is not None:
-            item.refuse()
-
-    def get(self) -> Any:
-        return self.mailbox.get()
-
-    def empty(self) -> bool:
-        statistics = self.mailbox.statistics()
-        return statistics.depth + statistics.control_depth == 0
 
 
 __all__ = ["LATER", "Actor", "Place", "Refuse", "Terminated", "Timer", "handles"]

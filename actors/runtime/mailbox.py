@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
@@ -37,6 +38,20 @@ class Internal(Protocol):
     def __call__(self) -> None: ...
 
 
+class Waited(ABC):
+    """An internal entry somebody waits for, who is told when it will not run."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self) -> None:
+        """Run it."""
+
+    @abstractmethod
+    def refuse(self, reason: FaultReason) -> None:
+        """Tell who waits why it does not run."""
+
+
 Item = Delivery | Internal
 
 
@@ -58,7 +73,7 @@ class Mailbox:
     """Items for one consumer from any number of producers.
 
     `limit` bounds the data lane and has no default. Which lane an item goes to is its producer's
-    say; within a lane items keep their order.
+    say; within a lane items keep their order. Raises ValueError for a limit below 1.
     """
 
     __slots__ = (
@@ -114,26 +129,44 @@ class Mailbox:
                     shed = self._data.popleft()[1]
                     self.shed += 1
                 self._data.append((_monotonic(), item))
-            self.accepted += 1
-            if self._waiting:
-                self._waiting = False
-                self._ready.release()
+            self._accepted()
         if isinstance(shed, Delivery):
             shed.fail(FaultReason.MAILBOX_FULL, "newer messages took its place in a full mailbox")
+        elif isinstance(shed, Waited):
+            shed.refuse(FaultReason.MAILBOX_FULL)
         return None
 
     def put_wait(self, item: Item, timeout: float) -> FaultReason | None:
-        """Like `put` on the data lane, but wait for room: how a reader thread is slowed down."""
+        """Like `put` on the data lane, but wait for room: how a reader thread is slowed down.
+
+        It sheds nothing, whatever the overflow policy. Not for the consumer's own thread.
+        """
         deadline = _monotonic() + timeout
         with self._room:
             while not self._closed and len(self._data) >= self.limit:
-                if not self._room.wait(deadline - _monotonic()):
+                remaining = deadline - _monotonic()
+                if remaining <= 0:
                     self.refused += 1
                     return FaultReason.MAILBOX_FULL
-        return self.put(item)
+                self._room.wait(min(remaining, threading.TIMEOUT_MAX))
+            if self._closed:
+                self.refused += 1
+                return FaultReason.MAILBOX_CLOSED
+            # Taken under the lock that saw the room: another producer can't get in between.
+            self._data.append((_monotonic(), item))
+            self._accepted()
+        return None
+
+    def _accepted(self) -> None:
+        """Count an item and wake the consumer. With the lock held."""
+        self.accepted += 1
+        if self._waiting:
+            self._waiting = False
+            self._ready.release()
 
     def get(self, timeout: float | None = None) -> Item | None:
         """The next item, control first. None when `timeout` passed, or it is closed and empty."""
+        wait = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
         while True:
             with self._lock:
                 if self._control:
@@ -146,7 +179,8 @@ class Mailbox:
                 if self._closed:
                     return None
                 self._waiting = True
-            if not self._ready.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            # After a wake-up there is an item, or it was closed, so this waits only once.
+            if not self._ready.acquire(timeout=wait):
                 with self._lock:
                     if self._waiting:
                         self._waiting = False

@@ -30,17 +30,22 @@ class ProcessChild(Child):
         self._ladder: StopLadder | None = None
         self._step: Step | None = None
         self._timer: Timer | None = None
+        self._gone = False
         self.handle: ProcessHandle | None = None
         self.stopped_by: Done | None = None
 
     def attach(self, handle: ProcessHandle) -> None:
         """The process is there. A stop that was asked for meanwhile goes on with it."""
         self.handle = handle
-        if self._step is not None:
+        if self._gone:
+            handle.close()
+        elif self._step is not None:
             self._do(self._step)
 
     def stop(self, timeout: float) -> None:
-        """Begin the ladder; a second call can only shorten it."""
+        """Begin the ladder; a second call can only shorten it. Nothing where it is gone."""
+        if self._gone:
+            return
         now = self._owner.system.clock()
         if self._ladder is None:
             # The drain has most of the time: a cancel's grace and the machine's stop are in it.
@@ -51,7 +56,8 @@ class ProcessChild(Child):
             self._advance()
 
     def gone(self) -> None:
-        """The process has ended, or was never there."""
+        """The process has ended, or was never there. A second call has no effect."""
+        self._gone = True
         if self._timer is not None:
             self._timer.cancel()
         if self._ladder is not None:
@@ -67,11 +73,15 @@ class ProcessChild(Child):
             self._climb(step)
 
     def _climb(self, step: Step) -> None:
-        """Be on `step`: carry it out if it is new, and look again when its time is up."""
+        """Be on `step`: carry it out if it is new, and look again when its time is up.
+
+        Where the process is not there yet, `attach` carries out the step it is on by then.
+        """
         assert self._ladder is not None
         if step is not self._step:
             self._step = step
-            self._do(step)
+            if self.handle is not None:
+                self._do(step)
         if self._timer is not None:
             self._timer.cancel()
         next_at = self._ladder.next_at
@@ -81,10 +91,11 @@ class ProcessChild(Child):
 
     def _do(self, step: Step) -> None:
         assert self._ladder is not None
+        assert self.handle is not None
         if step is Step.DRAIN or step is Step.TELL:
             next_at = self._ladder.next_at or 0.0
             self._ask_to_end(max(0.0, next_at - self._owner.system.clock()))
-        elif self.handle is not None:
-            sent = signal.SIGTERM if step is Step.TERMINATE else signal.SIGKILL
-            with contextlib.suppress(ProcessGoneError, ProcessLookupError):
-                self.handle.signal(sent)
+            return
+        sent = signal.SIGTERM if step is Step.TERMINATE else signal.SIGKILL
+        with contextlib.suppress(ProcessGoneError):
+            self.handle.signal(sent)

@@ -100,6 +100,10 @@ class Agent:
         """Make ``serve`` return; from any thread or a signal handler."""
         os.eventfd_write(self._ended, 1)
 
+    def release(self) -> None:
+        """Close what the agent holds, once nothing uses it any more."""
+        os.close(self._ended)
+
     def serve(self, listener: int, accept: Callable[[], socket.socket | None], *ends: int) -> None:
         """Accept until shut down, until ``accept`` returns None, or until one of the ``ends``
         descriptors is readable or hung up."""
@@ -218,8 +222,8 @@ def _serve_process(control: socket.socket, lifeline: int) -> int:
 
     def accept() -> socket.socket | None:
         data, fds, _, _ = socket.recv_fds(control, 1, 1)
-        if not fds:
-            return None if not data else socket.socket()
+        if not data or not fds:
+            return None
         return socket.socket(fileno=fds[0])
 
     agent.serve(control.fileno(), accept, lifeline)

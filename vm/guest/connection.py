@@ -26,7 +26,6 @@ from .frames import (
 from .handshake import BASE_PROTOCOL, Flags, accepts, decode_ping, encode_pong
 from .messages import (
     ExecChunk,
-    ExecRequest,
     ExecResponse,
     Listening,
     Outcome,
@@ -340,6 +339,7 @@ class Connection:
             except (OSError, ValueError) as reason:
                 self._opened(request_id, f"could not start {request.program!r}: {reason}")
                 return
+
             def send(kind: MessageType, data: bytes) -> None:
                 self._send(kind, request_id, data)
 
@@ -351,7 +351,9 @@ class Connection:
             self._host.pty_slots.release()
 
     def _opened(self, request_id: int, error: str | None) -> None:
-        self._send(MessageType.PTY_OPENED, request_id, encode_outcome(Outcome(error is None, error)))
+        self._send(
+            MessageType.PTY_OPENED, request_id, encode_outcome(Outcome(error is None, error))
+        )
 
     # -- ports ----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from .descendants import Children, descendants, send_signal
 from .messages import CHUNK_BYTES, ExecChunk, ExecRequest, ExecResponse, Stream
@@ -149,39 +149,31 @@ class Execution:
             return self._child
 
     def _pump(self, child: subprocess.Popen[bytes], emit: Callable[[ExecChunk], None]) -> None:
-        assert child.stdout is not None
-        assert child.stderr is not None
+        """Move bytes until both outputs ended, or a little longer than the program."""
         exited = os.pidfd_open(child.pid)
         poll = select.poll()
-        poll.register(exited, select.POLLIN)
-        readers: dict[int, Stream] = {child.stdout.fileno(): "stdout"}
-        readers[child.stderr.fileno()] = "stderr"
-        for fd in readers:
-            poll.register(fd, select.POLLIN)
-        pending = memoryview(self._request.stdin)
+        # What to do when a descriptor is ready; False means it is done with.
+        handlers: dict[int, Callable[[], bool]] = {exited: lambda: False}
+        outputs = self._output_handlers(child, emit)
+        handlers.update(outputs)
         if child.stdin is not None:
-            os.set_blocking(child.stdin.fileno(), False)
-            poll.register(child.stdin.fileno(), select.POLLOUT)
-        sequence: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+            handlers.update(self._input_handler(child.stdin))
+        for fd in handlers:
+            poll.register(fd, select.POLLOUT if fd not in (exited, *outputs) else select.POLLIN)
         deadline: float | None = None
         try:
-            while readers or deadline is None:
+            while handlers.keys() & outputs.keys() or deadline is None:
                 wait = None if deadline is None else max(0.0, deadline - time.monotonic())
                 ready = poll.poll(None if wait is None else wait * 1000)
                 if not ready or wait == 0.0:
                     return
                 for fd, _ in ready:
-                    if fd == exited:
-                        poll.unregister(exited)
-                        deadline = time.monotonic() + DRAIN_SECONDS
-                    elif fd in readers:
-                        if not self._read(fd, readers[fd], sequence, emit):
-                            poll.unregister(fd)
-                            del readers[fd]
-                    elif child.stdin is not None:
-                        pending = _write_some(fd, pending)
-                        if not pending:
-                            poll.unregister(fd)
+                    if not handlers[fd]():
+                        poll.unregister(fd)
+                        del handlers[fd]
+                        if fd == exited:
+                            deadline = time.monotonic() + DRAIN_SECONDS
+                        elif fd not in outputs and child.stdin is not None:
                             child.stdin.close()
         except OSError:
             self.kill("the host is gone")
@@ -191,6 +183,30 @@ class Execution:
                 if stream is not None:
                     stream.close()
             os.close(exited)
+
+    def _output_handlers(
+        self, child: subprocess.Popen[bytes], emit: Callable[[ExecChunk], None]
+    ) -> dict[int, Callable[[], bool]]:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        sequence: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+        out, err = child.stdout.fileno(), child.stderr.fileno()
+        return {
+            out: lambda: self._read(out, "stdout", sequence, emit),
+            err: lambda: self._read(err, "stderr", sequence, emit),
+        }
+
+    def _input_handler(self, stdin: IO[bytes]) -> dict[int, Callable[[], bool]]:
+        fd = stdin.fileno()
+        os.set_blocking(fd, False)
+        pending = memoryview(self._request.stdin)
+
+        def write() -> bool:
+            nonlocal pending
+            pending = _write_some(fd, pending)
+            return bool(pending)  # afterwards the loop closes it, so that the program sees the end
+
+        return {fd: write}
 
     def _read(
         self,

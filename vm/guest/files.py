@@ -83,9 +83,7 @@ class Files:
         return FileStat(True, found.st_size)
 
     @contextlib.contextmanager
-    def _parent(
-        self, path: str, *, create: bool, whole: bool = False
-    ) -> Iterator[tuple[int, str]]:
+    def _parent(self, path: str, *, create: bool, whole: bool = False) -> Iterator[tuple[int, str]]:
         """The opened directory that holds ``path`` and the last name; with ``whole`` the
         directory ``path`` itself."""
         names = _names(path)
@@ -104,7 +102,7 @@ class Files:
         made = False
         if create:
             try:
-                os.mkdir(name, 0o755, dir_fd=parent)  # noqa: PTH102 - pathlib has no dir_fd
+                os.mkdir(name, 0o755, dir_fd=parent)
                 made = True
             except FileExistsError:
                 pass

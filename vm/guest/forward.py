@@ -160,9 +160,7 @@ class StreamPump:
             return
         sock.setblocking(False)
         number = GUEST_STREAM_BIT | next(self._numbers)
-        self._send(
-            MessageType.FORWARD_OPEN, number, encode_port(int(listener.getsockname()[1]))
-        )
+        self._send(MessageType.FORWARD_OPEN, number, encode_port(int(listener.getsockname()[1])))
         self._begin(number, sock)
 
     def _begin(self, number: int, sock: socket.socket) -> None:

@@ -57,7 +57,7 @@ class Place:
         env = {
             "PATH": path,
             "HOME": self.root + HOME,
-            "TMPDIR": self.root + "/tmp",
+            "TMPDIR": self.path(MAPPED[-1]),
             "VOID_WORKSPACE": self.root + WORKSPACE,
             "LANG": "C.UTF-8",
         }

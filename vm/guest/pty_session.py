@@ -67,6 +67,7 @@ class PtySession:
             os.close(slave)
         os.set_blocking(self._master, False)
         self._input = bytearray()
+        self._hung_up = False
         self._steps: list[tuple[float, int]] = []  # when to send which signal
 
     def _resize(self, cols: int, rows: int) -> None:
@@ -77,7 +78,9 @@ class PtySession:
         if self._child.returncode is None:
             send_signal([self._child.pid, *descendants(self._child.pid)], signal.SIGKILL)
 
-    def run(self, sock: socket.socket, receive: Callable[[], list[Frame] | None], send: Send) -> None:
+    def run(
+        self, sock: socket.socket, receive: Callable[[], list[Frame] | None], send: Send
+    ) -> None:
         """Serve the session: ``receive`` reads the socket once it is readable and returns
         None at its end. The last thing sent is PtyClosed, unless the host is gone."""
         exited = os.pidfd_open(self._child.pid)
@@ -115,7 +118,8 @@ class PtySession:
         # While the program does not read, neither do we: the host's bytes wait at the host.
         room = len(self._input) < _INPUT_BYTES
         poll.register(sock, select.POLLRDHUP | (select.POLLIN if room else 0))
-        poll.register(self._master, select.POLLIN | (select.POLLOUT if self._input else 0))
+        if not self._hung_up:
+            poll.register(self._master, select.POLLIN | (select.POLLOUT if self._input else 0))
         wait = None
         if self._steps:
             wait = max(0.0, self._steps[0][0] - time.monotonic()) * 1000
@@ -130,17 +134,19 @@ class PtySession:
                 elif events & (select.POLLRDHUP | select.POLLHUP | select.POLLERR):
                     return False
             elif fd == self._master:
-                if events & select.POLLOUT:
-                    self._feed()
-                if events & select.POLLIN:
-                    data = os.read(self._master, _CHUNK)
-                    send(MessageType.PTY_DATA, data)
-                elif events & select.POLLHUP:
-                    # Nobody holds the terminal; what is left is the exit.
-                    select.select([exited, sock], [], [], 0.05)
+                self._terminal(events, send)
         while self._steps and self._steps[0][0] <= time.monotonic():
             self._signal(self._steps.pop(0)[1])
         return True
+
+    def _terminal(self, events: int, send: Send) -> None:
+        if events & select.POLLOUT:
+            self._feed()
+        if events & select.POLLIN:
+            send(MessageType.PTY_DATA, os.read(self._master, _CHUNK))
+        elif events & select.POLLHUP:
+            # Nobody holds the terminal, which stays "ready" for ever: only the exit is left.
+            self._hung_up = True
 
     def _feed(self) -> None:
         try:

@@ -20,9 +20,17 @@ from typing import ClassVar
 
 from voidbus.vm.channel import GuestChannel
 from voidbus.vm.connect import Connected, connect_guest
-from voidbus.vm.faults import ChannelFault
+from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import descendants, kill_descendants, send_signal, stat_fields
-from voidbus.vm.machine import Lease, Machine, MachineError, MachineExit, MachineSpec, StopStep
+from voidbus.vm.machine import (
+    Forward,
+    Lease,
+    Machine,
+    MachineError,
+    MachineExit,
+    MachineSpec,
+    StopStep,
+)
 
 CONSOLE_BYTES = 64 * 1024
 _GUEST = Path(__file__).resolve().parent.parent / "guest"
@@ -33,6 +41,9 @@ _PONG_WAIT = (1.0, 5.0)
 
 _KILL_SECONDS = 2.0
 """The small constant on top of a stop's grace: what killing the whole tree may take."""
+
+_PORT_SECONDS = 1.0
+"""How long a forwarded port may still be held by the connection before this one."""
 
 TOOLS = {
     "claudio": _GUEST / "claudio.py",
@@ -59,7 +70,7 @@ class ProcessMachine(Machine):
         super().__init__(spec, on_exit=on_exit, on_lease=on_lease)
         self._lock = threading.Lock()
         self._start_lock = threading.Lock()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._watcher: threading.Thread | None = None
@@ -92,11 +103,15 @@ class ProcessMachine(Machine):
         with self._start_lock:
             if self._child is None:
                 raise MachineError(f"machine {self.spec.name}: not started")
+            with self._lock:
+                old, self._channels = self._channels, []
+            for channel in old:
+                channel.close()
             return self._open_channel(timeout)
 
     def _spawn(self) -> None:
         with self._lock:
-            if self._stopping:
+            if self._stopping.is_set():
                 raise MachineError(f"machine {self.spec.name}: stopped")
         self._write_tools()
         ours, theirs = socket.socketpair()
@@ -127,7 +142,7 @@ class ProcessMachine(Machine):
         )
         with self._lock:
             self._child, self._control = child, ours
-            stopped = self._stopping
+            stopped = self._stopping.is_set()
         # Before the watcher can reap it, its start time can be read.
         lease = Lease("process", child.pid, int(stat_fields(child.pid)[19]))
         self._watcher.start()
@@ -167,7 +182,7 @@ class ProcessMachine(Machine):
         except ChannelFault as fault:
             raise self._failure(fault.detail) from fault
         with self._lock:
-            stopped = self._stopping
+            stopped = self._stopping.is_set()
             if not stopped:
                 self._channels.append(channel)
         if stopped:
@@ -175,11 +190,23 @@ class ProcessMachine(Machine):
             raise self._failure("stopped")
         try:
             for forward in self.spec.forwards:
-                left = max(0.0, deadline - time.monotonic())
-                channel.listen_forward(forward.guest_port, forward.host, left)
+                self._forward(channel, forward, deadline)
         except ChannelFault as fault:
             raise self._failure(fault.detail) from fault
         return channel
+
+    def _forward(self, channel: GuestChannel, forward: Forward, deadline: float) -> None:
+        pause = threading.Event()
+        busy_until = min(deadline, time.monotonic() + _PORT_SECONDS)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                channel.listen_forward(forward.guest_port, forward.host, left)
+                return
+            except ChannelFault as fault:
+                if fault.reason != FaultReason.REFUSED or time.monotonic() >= busy_until:
+                    raise
+                pause.wait(0.02)
 
     def _dial(self, timeout: float) -> Connected:
         return connect_guest(
@@ -191,7 +218,7 @@ class ProcessMachine(Machine):
         )
 
     def _given_up(self) -> str | None:
-        if self._stopping:
+        if self._stopping.is_set():
             return "stopped"
         return "the guest agent has ended" if self._gone.is_set() else None
 
@@ -211,7 +238,7 @@ class ProcessMachine(Machine):
 
     def _failure(self, detail: str) -> MachineError:
         name = self.spec.name
-        if self._stopping:
+        if self._stopping.is_set():
             return MachineError(f"machine {name}: stopped")
         lines = self.console().decode(errors="replace").splitlines()[-10:]
         said = "its console: " + " | ".join(lines) if lines else "its console is empty"
@@ -226,27 +253,30 @@ class ProcessMachine(Machine):
         poll.register(pidfd, select.POLLIN)
         poll.register(console, select.POLLIN)
         try:
-            running = True
-            while running:
-                for fd, _ in poll.poll():
-                    if fd == pidfd:
-                        running = False
-                    elif data := os.read(console, 4096):
+            left = {pidfd, console}
+            # The agent holds the console for as long as it lives, so a killed warden's machine
+            # counts as ended only when that has ended too, or should have.
+            deadline: float | None = None
+            while left:
+                wait = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+                ready = [fd for fd, _ in poll.poll(wait)]
+                if not ready:
+                    break
+                for fd in ready:
+                    if fd == console and (data := os.read(console, 4096)):
                         self._keep(data)
-                    else:
-                        poll.unregister(console)
-            # Something that was told to keep standard error may still hold the pipe.
-            os.set_blocking(console, False)
-            with contextlib.suppress(BlockingIOError):
-                while data := os.read(console, 4096):
-                    self._keep(data)
+                        continue
+                    poll.unregister(fd)
+                    left.discard(fd)
+                    if fd == pidfd:
+                        deadline = time.monotonic() + _KILL_SECONDS
         finally:
             os.close(console)
             os.close(pidfd)
         # Popen's own code: negative for a signal.
         code = child.wait()
         self._gone.set()
-        if self._stopping:
+        if self._stopping.is_set():
             reason = "stopped"
         elif code < 0:
             reason = f"the guest agent was killed by {signal.Signals(-code).name}"
@@ -268,7 +298,7 @@ class ProcessMachine(Machine):
     def stop(self, grace: float) -> StopStep:
         deadline = time.monotonic() + grace
         with self._lock:
-            self._stopping = True
+            self._stopping.set()
             child = self._child
             channel = self._channels[-1] if self._channels else None
         if child is None or self._gone.is_set():
@@ -290,7 +320,7 @@ class ProcessMachine(Machine):
 
     def kill(self) -> None:
         with self._lock:
-            self._stopping = True
+            self._stopping.set()
             child, control = self._child, self._control
         if child is None or self._gone.is_set():
             return

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from machine_kit import WAIT, Guest, MachineConformance, MakeGuest, run, shell
+
+from voidbus.vm.channel import ExecResult
+from voidbus.vm.faults import ChannelFault, FaultReason
+from voidbus.vm.guest.descendants import descendants, stat_fields
+from voidbus.vm.machine import MachineError
+from voidbus.vm.process.machine import ProcessMachine
+from voidbus.vm.select import select_machine
+
+
+class TestProcessMachine(MachineConformance):
+    machine_type = ProcessMachine
+
+    def test_it_says_that_it_does_not_isolate(self) -> None:
+        assert (ProcessMachine.name, ProcessMachine.isolation) == ("process", "none")
+
+    @pytest.mark.parametrize("victim", ["warden", "agent"])
+    def test_a_crashed_guest_is_reported_and_takes_everything_with_it(
+        self, guest: Guest, victim: str
+    ) -> None:
+        warden = guest.leases[0].pid
+        assert warden is not None
+        agent = next(pid for pid in descendants(warden) if int(stat_fields(pid)[1]) == warden)
+        running = shell(guest.channel, "setsid sleep 71 & echo $!; wait")
+        inner = os.pidfd_open(int(running.wait_for(b"\n")))
+        try:
+            os.kill(warden if victim == "warden" else agent, signal.SIGKILL)
+            assert guest.exited.wait(WAIT)
+            assert exits(inner)
+        finally:
+            os.close(inner)
+        ending = running.ending()
+        # A killed warden leaves the agent time to end its programs in order.
+        assert isinstance(ending, ExecResult) or ending.reason == FaultReason.LOST
+        with pytest.raises(ChannelFault):
+            guest.channel.ping(WAIT)
+
+    def test_everything_dies_with_the_host_process(self, tmp_path: Path) -> None:
+        program = (
+            "import sys,secrets,pathlib,threading\n"
+            "from voidbus.vm.process.machine import ProcessMachine\n"
+            "from voidbus.vm.machine import MachineSpec\n"
+            "from voidbus.vm.channel import ExecCall\n"
+            "s=MachineSpec('r','m',pathlib.Path(sys.argv[1]),secrets.token_bytes(32))\n"
+            "m=ProcessMachine(s,on_exit=print,on_lease=lambda l:None)\n"
+            "c=m.start(20)\n"
+            "show=lambda _,d:print(d.decode(),end='',flush=True)\n"
+            "call=ExecCall('sh',('-c','setsid sleep 72 & echo $!; wait'))\n"
+            "c.exec(call,show,print)\n"
+            "threading.Event().wait(60)\n"
+        )
+        host = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        assert host.stdout is not None
+        inner = os.pidfd_open(int(host.stdout.readline()))
+        try:
+            host.kill()
+            host.wait(WAIT)
+            assert exits(inner)
+        finally:
+            os.close(inner)
+            host.stdout.close()
+
+    def test_a_stopped_warden_does_not_keep_the_machine_from_closing(self, guest: Guest) -> None:
+        warden = guest.leases[0].pid
+        assert warden is not None
+        os.kill(warden, signal.SIGSTOP)
+        guest.machine.close()
+        assert guest.exited.is_set()
+
+    def test_an_allowlist_written_before_the_first_program_is_in_force(self, guest: Guest) -> None:
+        path = "/etc/voidbox/allowed_commands.json"
+        guest.channel.write_file(path, b'["echo"]', WAIT)
+        assert run(guest.channel, "echo", "x").exit_code == 0
+        # Once programs run, the list can't be widened.
+        guest.channel.write_file(path, b'["echo", "cat"]', WAIT)
+        assert run(guest.channel, "cat").exit_code == -1
+
+    def test_a_broken_allowlist_allows_nothing(self, guest: Guest) -> None:
+        guest.channel.write_file("/etc/voidbox/allowed_commands.json", b"{", WAIT)
+        result = run(guest.channel, "echo")
+        assert result.error is not None
+        assert "so nothing may run" in result.error
+
+    def test_the_tools_are_on_the_path(self, guest: Guest) -> None:
+        for tool in ("claudio", "claude-code", "void-message"):
+            found = run(guest.channel, "which", tool)
+            assert found.stdout.decode().strip().endswith(f"/usr/local/bin/{tool}")
+
+    def test_a_start_that_fails_tells_what_the_console_said(self, make: MakeGuest) -> None:
+        guest = make(scratch=Path("/proc/nowhere"))
+        with pytest.raises(MachineError, match="m0: the guest agent could not be started"):
+            guest.machine.start(WAIT)
+
+
+def exits(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], WAIT)[0])
+
+
+def test_mock_is_a_process_and_the_others_never_fall_back_to_it() -> None:
+    assert select_machine("mock").machine is ProcessMachine
+    for mode in ("auto", "local"):
+        with pytest.raises(MachineError, match=r"sandbox\.mode: mock"):
+            select_machine(mode)
+    with pytest.raises(MachineError, match="not known"):
+        select_machine("other")
