@@ -109,6 +109,7 @@ class RunProcess:
             ),
             on_over=self._over.set,
         )
+        self._run.link_changed(self._leaf.up)  # it may have come before there was a run to tell
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminated)
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,16 +10,16 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from voidbus.actors.collector import Collector, detail_of
 from voidbus.actors.launch import Launch, LaunchRefused, prepare
 from voidbus.actors.messages.actor import Accepted, Done
 from voidbus.actors.messages.journal import (
     ActiveRuns,
     Appended,
-    AppendEvents,
     CountRuns,
     CreateRun,
     LoadActive,
@@ -31,7 +31,6 @@ from voidbus.actors.messages.journal import (
     RunEnded,
     RunsStopped,
     StopRuns,
-    TakeIntents,
 )
 from voidbus.actors.messages.run_process import CancelWork, RunConfig
 from voidbus.actors.messages.runs import (
@@ -46,10 +45,11 @@ from voidbus.actors.messages.runs import (
 )
 from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
 from voidbus.actors.messages.telemetry import TrackRun
-from voidbus.actors.recovery import Recovered, recover, remove_directory
-from voidbus.actors.run import RUN_PATH, SIDECAR_PATH
+from voidbus.actors.recovery import recover
+from voidbus.actors.run import RUN_PATH
 from voidbus.actors.run_process import ENTRY
-from voidbus.actors.runtime.actor import LATER, Place, Refuse, Timer, handles
+from voidbus.actors.run_record import RunRecord, grace_of
+from voidbus.actors.runtime.actor import LATER, Place, Refuse, handles
 from voidbus.actors.runtime.exit_watcher import ExitWatcher
 from voidbus.actors.runtime.policy import (
     ChildPolicy,
@@ -64,6 +64,7 @@ from voidbus.actors.runtime.process_child import ProcessChild
 from voidbus.actors.runtime.spawned import SpawnedProcess, describe_returncode
 from voidbus.actors.runtime.spawner import Spawner
 from voidbus.actors.runtime.supervisor import Child, ChildSpec, Supervisor
+from voidbus.actors.sidecar_door import SidecarDoor, SidecarRequest
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import BusError, Fault, FaultReason
 from voidbus.transport.hub import Hub, token_digest
@@ -77,7 +78,6 @@ _ASK_TIMEOUT = 15.0
 _SPAWN_TIMEOUT = 20.0
 # Beyond the grace, a cancelled run has this long to stop its machine and write its end.
 _CANCEL_MARGIN = 12.0
-_DEFAULT_GRACE = 30.0
 _RETRY_SECONDS = 1.0
 
 POLICY = SupervisorPolicy(
@@ -101,27 +101,6 @@ class RunsSettings:
     adoption_deadline: float
 
 
-@dataclass
-class _Run:
-    """A run that has not ended, as this supervisor sees it."""
-
-    run_id: str
-    generation: int
-    child: ProcessChild
-    grace: float
-    launch: Launch | None = None
-    identity: ProcessIdentity | None = None
-    exited: tuple[int | None] | None = None
-    adopted: bool = False
-    ended: bool = False
-    cancel_reason: str | None = None
-    cancel_grace: float = _DEFAULT_GRACE
-    cancel_sent: bool = False
-    collecting: bool = False
-    adoption: Timer | None = None
-    on_end: list[Callable[[ExitReason], None]] = field(default_factory=list)
-
-
 class Runs(Supervisor):
     """One child process for each run."""
 
@@ -136,7 +115,7 @@ class Runs(Supervisor):
         self._hub = hub
         self._spawner = spawner
         self._root = root
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, RunRecord] = {}
         self._starting: set[str] = set()
         self._loaded = False
         self._early: list[tuple[StartRun, Delivery]] = []
@@ -144,6 +123,8 @@ class Runs(Supervisor):
         self._adopted = 0
         self._stopping: StopRuns | None = None
         self._watcher = ExitWatcher("run-processes")
+        self._door = SidecarDoor(self, "supervisor/journal")
+        self._collector = Collector(self, settings.runs_dir, "supervisor/journal")
 
     def on_start(self) -> None:
         super().on_start()
@@ -162,7 +143,7 @@ class Runs(Supervisor):
 
     def _adopt_all(self, outcome: Message) -> None:
         if not isinstance(outcome, ActiveRuns):
-            log.error("cannot read the journal: %s; trying again", _detail(outcome))
+            log.error("cannot read the journal: %s; trying again", detail_of(outcome))
             self.after(_RETRY_SECONDS, self._load)
             return
         self.skip_generations(outcome.last_generation)
@@ -175,8 +156,7 @@ class Runs(Supervisor):
 
     def _adopt(self, state: RunState, process: ProcessRecord) -> None:
         """Take charge of a run that a supervisor before us started."""
-        run = _Run(state.id, process.generation, self._child(state.id), _grace(state.policy))
-        run.adopted = True
+        run = RunRecord(state.id, process.generation, self._child(state.id), grace_of(state))
         if state.cancelling:
             run.cancel_reason = "run marked cancelled"
         self._runs[state.id] = run
@@ -203,7 +183,7 @@ class Runs(Supervisor):
                 self._settings.adoption_deadline, lambda: self._not_adopted(run)
             )
 
-    def _not_adopted(self, run: _Run) -> None:
+    def _not_adopted(self, run: RunRecord) -> None:
         log.error("run %s did not come back within the adoption deadline", run.run_id)
         run.child.stop(0.0)
 
@@ -253,7 +233,7 @@ class Runs(Supervisor):
             elif isinstance(outcome, Fault) and outcome.reason is FaultReason.NO_SUCH_ACTOR:
                 self._load_spec(message, run_id, delivery)
             else:
-                delivery.fail(FaultReason.FAILED, _detail(outcome))
+                delivery.fail(FaultReason.FAILED, detail_of(outcome))
 
         self.ask("supervisor/journal", InspectRun(run_id=run_id), looked_up, timeout=_ASK_TIMEOUT)
 
@@ -329,7 +309,7 @@ class Runs(Supervisor):
         def created(outcome: Message) -> None:
             self._starting.discard(launch.run_id)
             if not isinstance(outcome, Appended):
-                delivery.fail(FaultReason.FAILED, f"the run was not started: {_detail(outcome)}")
+                delivery.fail(FaultReason.FAILED, f"the run was not started: {detail_of(outcome)}")
                 return
             delivery.reply(
                 RunAccepted(
@@ -339,11 +319,10 @@ class Runs(Supervisor):
                     warnings=launch.warnings,
                 )
             )
-            if launch.spec is None:  # a bad specification, journaled as the failed run it is
+            if launch.spec is None:
                 self._fail_unstarted(launch, state)
                 return
-            run = _Run(launch.run_id, generation, self._child(launch.run_id), _grace(state.policy))
-            run.launch = launch
+            run = RunRecord(launch.run_id, generation, self._child(launch.run_id), grace_of(state))
             self._runs[launch.run_id] = run
             self._hub.expect(run_node(launch.run_id), digest, generation)
             self.adopt_child(self._spec(run), generation, run.child)
@@ -353,16 +332,16 @@ class Runs(Supervisor):
         self.ask("supervisor/journal", create, created, timeout=_ASK_TIMEOUT)
 
     def _fail_unstarted(self, launch: Launch, state: RunState) -> None:
+        """A bad specification, journaled as the run that failed for it."""
         recovered = recover(
             state.model_copy(update={"last_seq": len(launch.events) - 1}),
             launch.directory(self._settings.runs_dir),
             reason=launch.problem or "the specification is bad",
             cancel_reason=None,
         )
-        for batch in recovered.batches:
-            self.tell("supervisor/journal", batch)
+        self._collector.append(launch.run_id, recovered.batches, lambda: None)
 
-    def _spawn(self, run: _Run, launch: Launch, token: str) -> None:
+    def _spawn(self, run: RunRecord, launch: Launch, token: str) -> None:
         directory = launch.directory(self._settings.runs_dir)
         config = RunConfig(
             run_id=run.run_id,
@@ -408,7 +387,7 @@ class Runs(Supervisor):
         except Refuse:
             self.after(0.02, lambda: self._spawn(run, launch, token))
 
-    def _spawned(self, run: _Run, outcome: SpawnedProcess | Exception) -> None:
+    def _spawned(self, run: RunRecord, outcome: SpawnedProcess | Exception) -> None:
         if isinstance(outcome, Exception):
             detail = outcome.fault.detail if isinstance(outcome, BusError) else str(outcome)
             self._collect(run, f"its process could not be started: {detail}")
@@ -431,10 +410,10 @@ class Runs(Supervisor):
             self._cancel(run, message.reason or "run marked cancelled", message.grace)
         return CancelAccepted(run_id=run.run_id, state=RunStatus.RUNNING)
 
-    def _cancel(self, run: _Run, reason: str, grace: float | None) -> None:
+    def _cancel(self, run: RunRecord, reason: str, grace: float | None) -> None:
         run.cancel_reason = reason
         run.cancel_grace = run.grace if grace is None else grace
-        if not run.collecting:
+        if not run.exited:
             # The ladder's drain is four fifths of its time.
             run.child.stop((run.cancel_grace + _CANCEL_MARGIN) / 0.8)
 
@@ -449,7 +428,7 @@ class Runs(Supervisor):
                     )
                 )
             else:
-                delivery.fail(FaultReason.NO_SUCH_ACTOR, _detail(outcome))
+                delivery.fail(FaultReason.NO_SUCH_ACTOR, detail_of(outcome))
 
         self.ask("supervisor/journal", InspectRun(run_id=run_id), looked_up, timeout=_ASK_TIMEOUT)
 
@@ -462,7 +441,7 @@ class Runs(Supervisor):
 
         return ProcessChild(self, ask_to_end)
 
-    def _send_cancel(self, run: _Run) -> None:
+    def _send_cancel(self, run: RunRecord) -> None:
         """Tell the run actor; where it isn't on the bus yet, `on_joined` tells it."""
         if not self._hub.joined(run_node(run.run_id)):
             return
@@ -488,7 +467,7 @@ class Runs(Supervisor):
         if run is None:
             return
         run.ended = True
-        if run.exited is not None or run.identity is None:
+        if run.exited:
             self._release(run)
 
     @handles(ProcessExited)
@@ -501,74 +480,26 @@ class Runs(Supervisor):
             # It ended before the job that started it could say so.
             self._early_exits[identity] = message.returncode
 
-    def _exited(self, run: _Run, returncode: int | None) -> None:
-        if run.exited is not None:
+    def _exited(self, run: RunRecord, returncode: int | None) -> None:
+        if run.exited:
             return
-        run.exited = (returncode,)
+        run.exited = True
         if run.ended:
             self._release(run)
         else:
             self._collect(run, f"its process ended: {describe_returncode(returncode)}")
 
-    def _collect(self, run: _Run, reason: str) -> None:
+    def _collect(self, run: RunRecord, reason: str) -> None:
         """The process is gone and the run has no outcome yet: find it, or make it."""
-        if run.collecting:
-            return
-        run.collecting = True
-        run.exited = run.exited or (None,)
+        run.exited = True
 
-        def looked_up(outcome: Message) -> None:
-            if not isinstance(outcome, RunState):
-                log.error("run %s: %s; trying again", run.run_id, _detail(outcome))
-                self.after(_RETRY_SECONDS, retry)
-            elif outcome.status.terminal:
-                run.ended = True
-                self._release(run)
-            else:
-                self._recover(run, outcome, reason)
+        def ended() -> None:
+            run.ended = True
+            self._release(run)
 
-        def retry() -> None:
-            run.collecting = False
-            self._collect(run, reason)
+        self._collector.collect(run, reason, ended)
 
-        inspect = InspectRun(run_id=run.run_id)
-        self.ask("supervisor/journal", inspect, looked_up, timeout=_ASK_TIMEOUT)
-
-    def _recover(self, run: _Run, state: RunState, reason: str) -> None:
-        directory = self._settings.runs_dir / run.run_id
-        cancel_reason = run.cancel_reason
-
-        def recovered(outcome: Recovered | Exception) -> None:
-            if isinstance(outcome, Exception):
-                log.error("run %s: cleaning up: %s", run.run_id, outcome)
-                self.after(_RETRY_SECONDS, lambda: self._recover(run, state, reason))
-            else:
-                self._append(run, list(outcome.batches))
-
-        try:
-            self.work(
-                lambda: recover(state, directory, reason=reason, cancel_reason=cancel_reason),
-                recovered,
-                name=f"recover-{run.run_id}",
-            )
-        except Refuse:
-            self.after(0.02, lambda: self._recover(run, state, reason))
-
-    def _append(self, run: _Run, batches: list[AppendEvents]) -> None:
-        """Journal what was recovered, batch by batch; the last one ends the run."""
-        if not batches:
-            return
-
-        def appended(outcome: Message) -> None:
-            if isinstance(outcome, Appended):
-                self._append(run, batches[1:])
-            else:
-                log.error("run %s: %s; trying again", run.run_id, _detail(outcome))
-                self.after(_RETRY_SECONDS, lambda: self._append(run, batches))
-
-        self.ask("supervisor/journal", batches[0], appended, timeout=_ASK_TIMEOUT)
-
-    def _release(self, run: _Run) -> None:
+    def _release(self, run: RunRecord) -> None:
         """The run has ended and its process is gone: forget both."""
         if self._runs.pop(run.run_id, None) is None:
             return
@@ -579,60 +510,15 @@ class Runs(Supervisor):
             log.info("run %s was stopped: %s", run.run_id, run.child.stopped_by.outcome.value)
         self._hub.dismiss(run_node(run.run_id))
         self.tell("supervisor/telemetry", TrackRun(run_id=run.run_id, pid=0, start_time=0))
-        directory = self._settings.runs_dir / run.run_id
-        self._remove(directory)
+        self._collector.remove(run.run_id)
         self.report_end(run.run_id, run.generation, ExitReason(ExitKind.NORMAL))
         self._check_stopped()
 
-    def _remove(self, directory: Path) -> None:
-        try:
-            self.work(lambda: remove_directory(directory), lambda _: None, name="remove")
-        except Refuse:
-            self.after(0.1, lambda: self._remove(directory))
-
-    # -- the sidecar's door ----------------------------------------------------------------
-
     @handles(PutInbox, PushMessage, ReadIntents)
-    def on_sidecar_message(
-        self, message: PutInbox | PushMessage | ReadIntents, delivery: Delivery
-    ) -> object:
-        """Pass it to the run's sidecar; intents of an ended run are in the journal."""
+    def on_sidecar_message(self, message: SidecarRequest, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
-        if run is None or run.ended:
-            self._without_sidecar(message, delivery)
-            return LATER
-
-        def answered(outcome: Message) -> None:
-            if isinstance(outcome, Fault):
-                self._without_sidecar(message, delivery)
-            else:
-                delivery.reply(outcome)
-
-        self.ask(
-            f"{run_node(message.run_id)}/{SIDECAR_PATH}",
-            message,
-            answered,
-            timeout=10.0,
-            key=delivery.key,
-        )
+        self._door.pass_on(message, delivery, alive=run is not None and not run.ended)
         return LATER
-
-    def _without_sidecar(
-        self, message: PutInbox | PushMessage | ReadIntents, delivery: Delivery
-    ) -> None:
-        if not isinstance(message, ReadIntents):
-            delivery.fail(
-                FaultReason.NO_SUCH_ACTOR,
-                f"no sidecar for run {message.run_id}: it has ended, or its specification does "
-                "not enable messaging",
-            )
-            return
-        self.ask(
-            "supervisor/journal",
-            TakeIntents(run_id=message.run_id, drain=message.drain),
-            delivery.reply,
-            timeout=_ASK_TIMEOUT,
-        )
 
     # -- counting and stopping -------------------------------------------------------------
 
@@ -674,26 +560,17 @@ class Runs(Supervisor):
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _track(self, run: _Run) -> None:
+    def _track(self, run: RunRecord) -> None:
         assert run.identity is not None
         self.tell(
             "supervisor/telemetry",
             TrackRun(run_id=run.run_id, pid=run.identity.pid, start_time=run.identity.start_time),
         )
 
-    def _spec(self, run: _Run) -> ChildSpec:
+    def _spec(self, run: RunRecord) -> ChildSpec:
         def never(
             _generation: int, _ready: Callable[[], None], _ended: Callable[[ExitReason], None]
         ) -> Child:
             raise RuntimeError("a run is not started again")
 
         return ChildSpec(ChildPolicy(run.run_id, Restart.TEMPORARY, stop_timeout=30.0), never)
-
-
-def _detail(outcome: Message) -> str:
-    return outcome.detail if isinstance(outcome, Fault) else f"unexpected {outcome.tag}"
-
-
-def _grace(policy: dict[str, object] | None) -> float:
-    value = (policy or {}).get("cancel_grace_period_secs", _DEFAULT_GRACE)
-    return float(value) if isinstance(value, int | float) else _DEFAULT_GRACE

@@ -31,6 +31,15 @@ from voidbus.transport.fault import BusError
 
 SANDBOX = CONFIGS / "sandbox.yaml"
 
+# Writes another pid into the journal of a supervisor that is not running: PATH PID.
+_FORGE = """
+import sqlite3, sys
+journal = sqlite3.connect(sys.argv[1])
+journal.execute("UPDATE runs SET process = json_set(process, '$.pid', ?)", (int(sys.argv[2]),))
+journal.commit()
+journal.close()
+"""
+
 
 @pytest.fixture
 def supervisor() -> Iterator[Supervisor]:
@@ -160,9 +169,7 @@ def test_a_recycled_pid_is_not_adopted(supervisor: Supervisor, client: Client) -
             [
                 sys.executable,
                 "-c",
-                "import sqlite3, sys; d = sqlite3.connect(sys.argv[1]); "
-                "d.execute(\"UPDATE runs SET process = json_set(process, '$.pid', ?)\", "
-                "(int(sys.argv[2]),)); d.commit(); d.close()",
+                _FORGE,
                 str(journal),
                 str(impostor.pid),
             ],

@@ -1,0 +1,166 @@
+"""A system on an in-process hub, a clock that is told the time, and messages to send about."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from voidbus.actors.runtime.system import System
+from voidbus.transport.access import inproc_endpoints
+from voidbus.transport.delivery import Ask, Delivery
+from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.hub import Hub
+from voidbus.transport.message import Message
+
+# Longer than anything here takes on a busy machine; nothing waits for it when all is well.
+PATIENCE = 20.0
+
+_numbers = count()
+M = TypeVar("M", bound=Message)
+
+
+class Say(Message, tag="kit.say"):
+    """Something said, with a number to tell one from another."""
+
+    word: str = ""
+    number: int = 0
+
+
+class Answer(Message, tag="kit.answer"):
+    word: str
+
+
+class Urgent(Message, tag="kit.urgent"):
+    """For the control lane."""
+
+    number: int = 0
+
+
+class Change(Message, tag="kit.change", changes=True):
+    """A command."""
+
+    word: str = ""
+
+
+class Crash(Message, tag="kit.crash"):
+    """Have the actor raise; `kind` is the name of a built-in exception."""
+
+    kind: str = "RuntimeError"
+
+
+class Unknown(Message, tag="kit.unknown"):
+    """No actor of the kit handles this."""
+
+
+class FakeClock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@contextlib.contextmanager
+def local_system(clock: Callable[[], float] = time.monotonic) -> Iterator[System]:
+    """A system on a hub; afterwards no thread and no descriptor of it may be left."""
+    threads = set(threading.enumerate())
+    descriptors = _descriptors()
+    hub = Hub("here", inproc_endpoints(f"kit-{next(_numbers)}"))
+    system = System(hub, clock=clock)
+    try:
+        yield system
+    finally:
+        stopped = system.stop(PATIENCE)
+        hub.close()
+        left = [t for t in threading.enumerate() if t not in threads]
+        for thread in left:
+            thread.join(5.0)
+    assert stopped, "an actor did not stop"
+    assert not [t for t in left if t.is_alive()]
+    assert _descriptors() == descriptors
+
+
+def _descriptors() -> list[str]:
+    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+
+
+@contextlib.contextmanager
+def switching_every(seconds: float) -> Iterator[None]:
+    """Have threads interrupt one another far more often than they do by themselves."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def ask(
+    system: System, path: str, message: Message, *, timeout: float = PATIENCE, key: str = ""
+) -> Ask:
+    """Ask an actor of the system, as a client of the bus would."""
+    return system.node.ask(f"here/{path}", message, timeout=timeout, sender="client", key=key)
+
+
+def reply(question: Ask, kind: type[M]) -> M:
+    """The reply, which must be of this kind."""
+    outcome = question.wait()
+    assert isinstance(outcome, kind), outcome
+    return outcome
+
+
+def fault(question: Ask) -> FaultReason:
+    """Why there was no reply."""
+    return reply(question, Fault).reason
+
+
+def delivery(
+    message: Message, outcomes: list[Message] | None = None, *, age: float = 0
+) -> Delivery:
+    """A delivery whose answer is appended to `outcomes`; past its deadline where `age` > 0."""
+    answers = outcomes if outcomes is not None else []
+    return Delivery(
+        "kit",
+        "client",
+        message,
+        deadline=time.monotonic() + (-age if age else PATIENCE),
+        answer=lambda message, _: answers.append(message),
+    )
+
+
+class Log:
+    """Lines written by many threads, one to be waited for."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+
+    def add(self, line: str) -> None:
+        with self._changed:
+            self.lines.append(line)
+            self._changed.notify_all()
+
+    def wait_for(self, *lines: str) -> None:
+        """Until each of these is there (twice, if given twice)."""
+        with self._changed:
+            there = self._changed.wait_for(
+                lambda: all(self.lines.count(line) >= lines.count(line) for line in lines), PATIENCE
+            )
+        assert there, f"{lines} expected, there is {self.lines}"
+
+    def wait_count(self, number: int) -> None:
+        """Until there are at least so many lines."""
+        with self._changed:
+            there = self._changed.wait_for(lambda: len(self.lines) >= number, PATIENCE)
+        assert there, f"{number} lines expected, there are {self.lines}"
