@@ -35,14 +35,6 @@ class TelemetryConfig(ConfigModel):
     buffer_size: Annotated[int, Field(ge=1, le=1_000_000)] = 5000
 
 
-class JournalConfig(ConfigModel):
-    """How long finished runs are kept, and the largest event stored, in bytes."""
-
-    retention_days: Annotated[int, Field(ge=1, le=36_500)] = 30
-    # A quarter of a megabyte: a log chunk fits many times over, a guest can't fill the disk by one.
-    max_event_bytes: Annotated[int, Field(ge=1024, le=16 * 1024 * 1024)] = 256 * 1024
-
-
 class LogConfig(ConfigModel):
     """What the supervisor logs, and how."""
 
@@ -50,30 +42,15 @@ class LogConfig(ConfigModel):
     format: Literal["text", "json"] = "text"
 
 
-class TcpConfig(ConfigModel):
-    """The bus over TCP, which needs keys: `address` as `host:port`, `key_dir` with CURVE keys."""
-
-    address: Annotated[str, Field(min_length=1)]
-    key_dir: PathText
-
-
-class BusConfig(ConfigModel):
-    """The bus beyond this machine; `tcp` None keeps it on it."""
-
-    tcp: TcpConfig | None = None
-
-
 class SupervisorConfig(ConfigModel):
     """The supervisor's configuration. Deadlines are in seconds."""
 
     state_dir: PathText
-    max_parallel_runs: Annotated[int, Field(ge=1, le=10_000)] = 64
+    max_parallel_runs: Annotated[int, Field(ge=1, le=10_000)] = 256
     stop_deadline_secs: PositiveSeconds = 30.0
     adoption_deadline_secs: PositiveSeconds = 10.0
     telemetry: TelemetryConfig = TelemetryConfig()
-    journal: JournalConfig = JournalConfig()
     log: LogConfig = LogConfig()
-    bus: BusConfig = BusConfig()
 
 
 def load_supervisor_config(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from voidbus.spec.problem import SpecError
-from voidbus.spec.supervisor import SupervisorConfig, TcpConfig, load_supervisor_config
+from voidbus.spec.supervisor import SupervisorConfig, load_supervisor_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HOME = {"HOME": "/home/u"}
@@ -33,13 +33,11 @@ def test_variables_nest_by_two_underscores_and_an_empty_one_is_unset() -> None:
     environ = {
         "VOIDBUS_STATE_DIR": "/s",
         "VOIDBUS_TELEMETRY__INTERVAL_SECS": "0.5",
-        "VOIDBUS_BUS__TCP__ADDRESS": "127.0.0.1:1",
-        "VOIDBUS_BUS__TCP__KEY_DIR": "/k",
-        "VOIDBUS_JOURNAL__RETENTION_DAYS": "",
+        "VOIDBUS_TELEMETRY__BUFFER_SIZE": "",
         "VOIDBUS_REQUIRE": "kvm",
     }
     config = load_supervisor_config(CONFIGS / "supervisor.yaml", {**HOME, **environ}, {})
-    assert config.bus.tcp == TcpConfig(address="127.0.0.1:1", key_dir=Path("/k"))
+    assert config.telemetry.buffer_size == 5000
     assert (config.telemetry.interval_secs, config.state_dir) == (0.5, Path("/s"))
 
 
@@ -54,7 +52,6 @@ def test_the_default_file_is_read_where_it_exists(tmp_path: Path) -> None:
 ERRORS: list[tuple[str, dict[str, str], dict[str, object], str]] = [
     ("log: {levl: info}", {}, {}, "s.yaml:1:7: log.levl: unknown field. Did you mean 'level'?"),
     ("log: {level: inof}", {}, {}, "allowed debug, info, warning, error). Did you mean 'info'?"),
-    ("bus: {tcp: {address: a}}", {}, {}, "s.yaml:1:12: bus.tcp.key_dir: is required"),
     (
         "{}",
         {"VOIDBUS_MAX_PARALLEL_RUNS": "many"},
