@@ -1,0 +1,51 @@
+"""Capabilities: a test names what it needs of the machine, and is skipped, saying so, without it.
+
+`VOIDBUS_REQUIRE=root,mount` turns the skips for those capabilities into failures, so that a machine
+that is meant to have them can't lose them unseen; `all` stands for every one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+
+def _can_mount() -> bool:
+    if os.geteuid() != 0:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+        if subprocess.run(command, check=False, capture_output=True, timeout=10).returncode:
+            return False
+        subprocess.run(["umount", folder], check=True, timeout=10)
+    return True
+
+
+CAPABILITIES: dict[str, Callable[[], bool]] = {
+    "root": lambda: os.geteuid() == 0,
+    "mount": _can_mount,
+    "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+}
+
+
+@cache
+def has(capability: str) -> bool:
+    return CAPABILITIES[capability]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = set(os.environ.get("VOIDBUS_REQUIRE", "").split(","))
+    for marker in item.iter_markers("needs"):
+        for capability in marker.args:
+            if capability not in CAPABILITIES:
+                pytest.fail(f"unknown capability {capability!r}; known: {sorted(CAPABILITIES)}")
+            if has(capability):
+                continue
+            if required & {capability, "all"}:
+                pytest.fail(f"VOIDBUS_REQUIRE names {capability}, which this machine lacks")
+            pytest.skip(f"needs capability: {capability}")
