@@ -171,11 +171,13 @@ class DeadlineWheel:
 
     def __init__(self) -> None:
         self._buckets: dict[int, set[int]] = {}
-        self._order: list[int] = []
+        self._order: list[int] = []  # a heap of exactly the buckets there are
+        self._held = 0
 
     def add(self, number: int, deadline: float) -> bool:
         """Add an ask. True where its bucket is now the earliest one."""
         slot = int(deadline / self.TICK) + 1
+        self._held += 1
         bucket = self._buckets.get(slot)
         if bucket is not None:
             bucket.add(number)
@@ -187,15 +189,18 @@ class DeadlineWheel:
     def discard(self, number: int, deadline: float) -> None:
         slot = int(deadline / self.TICK) + 1
         bucket = self._buckets.get(slot)
-        if bucket is not None:
-            bucket.discard(number)
-            if not bucket:
-                del self._buckets[slot]
+        if bucket is not None and number in bucket:
+            bucket.remove(number)
+            self._held -= 1
+            # An empty bucket stays for the next ask with this deadline, but not for ever.
+            if len(self._order) > 64 + 2 * self._held:
+                self._buckets = {slot: bucket for slot, bucket in self._buckets.items() if bucket}
+                self._order = sorted(self._buckets)
 
     def next_at(self) -> float | None:
         """When `due` will next have something; None where nothing waits."""
-        while self._order and self._order[0] not in self._buckets:
-            heappop(self._order)
+        while self._order and not self._buckets[self._order[0]]:
+            del self._buckets[heappop(self._order)]
         return self._order[0] * self.TICK if self._order else None
 
     def due(self, now: float) -> list[int]:
@@ -203,7 +208,8 @@ class DeadlineWheel:
         numbers: list[int] = []
         current = int(now / self.TICK)
         while self._order and self._order[0] <= current:
-            numbers.extend(self._buckets.pop(heappop(self._order), ()))
+            numbers.extend(self._buckets.pop(heappop(self._order)))
+        self._held -= len(numbers)
         return numbers
 
 
@@ -272,9 +278,10 @@ class ReplyStore:
 
     def begin(self, key: str, delivery: Delivery, now: float) -> bool:
         """Note a command. False where it is a repeat, which then gets the first one's reply."""
-        self._forget(now)
+        self._forget(lambda oldest: oldest.since + self._ttl <= now)
         stored = self._entries.get(key)
         if stored is None:
+            self._forget(lambda _: len(self._entries) >= self._limit)
             self._entries[key] = _Stored(now)
             return True
         self.repeats += 1
@@ -296,11 +303,10 @@ class ReplyStore:
         for delivery in waiting:
             delivery.reply(reply, attachments)
 
-    def _forget(self, now: float) -> None:
+    def _forget(self, must_go: Callable[[_Stored], bool]) -> None:
         while self._entries:
             oldest = next(iter(self._entries))
-            over = len(self._entries) >= self._limit
-            if not over and self._entries[oldest].since + self._ttl > now:
+            if not must_go(self._entries[oldest]):
                 return
             for delivery in self._entries.pop(oldest).waiting:
                 delivery.fail(FaultReason.OVERLOADED, "the command was forgotten before it ended")

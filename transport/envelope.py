@@ -104,20 +104,26 @@ class Envelope:
         self.attachments = attachments
 
     def frames(self) -> list[bytes]:
-        """The frames to send. Raises FrameError when a part is over its limit."""
-        header = (
-            _FIXED.pack(
-                _MAGIC,
-                WIRE_VERSION,
-                self.kind,
-                self.origin,
-                self.sequence,
-                self.deadline,
-                self.generation,
-                self.version,
+        """The frames to send. Raises FrameError when a part is over its limit or unwritable."""
+        strings = f"{self.tag}\0{self.sender}\0{self.key}\0{self.trace}"
+        if strings.count("\0") != 3:
+            raise FrameError(f"{self.tag!r}: a header field holds a NUL")
+        try:
+            header = (
+                _FIXED.pack(
+                    _MAGIC,
+                    WIRE_VERSION,
+                    self.kind,
+                    self.origin,
+                    self.sequence,
+                    self.deadline,
+                    self.generation,
+                    self.version,
+                )
+                + strings.encode()
             )
-            + f"{self.tag}\0{self.sender}\0{self.key}\0{self.trace}".encode()
-        )
+        except (struct.error, UnicodeEncodeError) as error:
+            raise FrameError(f"{self.tag}: a header field cannot be written: {error}") from None
         if len(header) > HEADER_LIMIT:
             raise FrameError(f"header of {len(header)} bytes is over {HEADER_LIMIT}")
         if len(self.body) > BODY_LIMIT:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from voidbus.transport.access import Endpoints
 from voidbus.transport.address import valid_node
@@ -37,6 +38,12 @@ LINKS_LIMIT = 8192
 FORWARDS_LIMIT = 65536
 # A client names itself; a run process is expected by name.
 CLIENT_PREFIX = "client-"
+
+# How long after a connection ended the links are probed (seconds): the monitor's event may come
+# before the ROUTER has taken the peer out of its table.
+_PROBE_DELAY = 0.02
+# The longest prefix one may subscribe to (bytes).
+_PREFIX_LIMIT = 1024
 
 _monotonic = time.monotonic
 
@@ -72,8 +79,10 @@ class _Link:
 
 @dataclass(frozen=True, slots=True)
 class _Forwarded:
-    """An ask passed on to another node: who asked, whom, until when."""
+    """An ask or tell passed on to another node: who sent it, to whom, until when."""
 
+    number: int
+    kind: Kind
     origin_node: str
     target_node: str
     deadline: float
@@ -112,6 +121,8 @@ class Hub(Node):
         self._link_timeout = link_timeout
         self._expected: dict[str, ExpectedNode] = {}
         self._rights: dict[zmq.Socket[bytes], Right] = {}
+        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
+        self._probe_at: float | None = None
         self._links: dict[str, _Link] = {}
         self._by_identity: dict[tuple[zmq.Socket[bytes], bytes], _Link] = {}
         self._forwards: dict[tuple[int, int], _Forwarded] = {}
@@ -135,6 +146,7 @@ class Hub(Node):
     def expect(self, node: str, digest: bytes, generation: int) -> None:
         """Let `node` join by the work endpoint, from now on only with this generation."""
         self._expected[node] = ExpectedNode(digest, generation)
+        self._call(lambda: self._fence(node, generation))
 
     def dismiss(self, node: str) -> None:
         """No longer let `node` in; asks that wait for it end now with `link_lost`."""
@@ -164,6 +176,8 @@ class Hub(Node):
             self._rights[router] = right
             router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._prepare(router, right)
+            if not url.startswith("inproc:"):  # which has no monitor
+                self._monitors[router.get_monitor_socket(zmq.EVENT_DISCONNECTED)] = router
             self.addresses[right] = self._bind_socket(router, url)
         self._xpub.setsockopt(zmq.XPUB_VERBOSE, 1)
         self._prepare(self._xpub, Right.OBSERVE)
@@ -193,6 +207,9 @@ class Hub(Node):
     def _shut(self) -> None:
         for link in list(self._links.values()):
             self._send(link, Envelope(Kind.BYE, f"{link.node}/", f"{self.name}/"))
+        for monitor, router in self._monitors.items():
+            router.disable_monitor()
+            monitor.close(linger=0)
         for router in self._rights:
             router.close(linger=100)  # the BYEs leave; a peer that doesn't read them can't hold us
         self._xpub.close(linger=0)
@@ -201,7 +218,7 @@ class Hub(Node):
 
     def _poll_set(self) -> list[tuple[zmq.Socket[bytes] | int, int]]:
         sources: list[tuple[zmq.Socket[bytes] | int, int]] = [
-            (router, zmq.POLLIN) for router in self._rights
+            (socket, zmq.POLLIN) for socket in (*self._rights, *self._monitors)
         ]
         sources.append((self._xpub, zmq.POLLIN))
         sources.append((self._wake_fd, zmq.POLLIN))
@@ -215,6 +232,10 @@ class Hub(Node):
     def _take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         if socket is self._xpub:
             self._take_subscription(frames[0])
+            return
+        if socket in self._monitors:
+            parse_monitor_message(frames)
+            self._probe_at = self._probe_at or _monotonic() + _PROBE_DELAY
             return
         identity = frames[0]
         envelope = self._parse(frames[1:])
@@ -253,6 +274,10 @@ class Hub(Node):
         except CodecError:
             self.counters["malformed"] += 1
             return
+        known = self._by_identity.get((socket, identity))
+        if known is not None and known.node != hello.node:
+            self.counters["unauthorised"] += 1  # one connection has one name
+            return
         right = self._rights[socket]
         refusal = self._refusal(hello, right)
         if refusal is not None:
@@ -272,20 +297,27 @@ class Hub(Node):
         if self._sweep_at is None:
             self._sweep_at = now + self._link_timeout / 2
         welcome = Welcome(hub=self.name, instance=self.instance, now=now, boot=boot_identity())
+        new = old is None or old.hello.instance != hello.instance
+        if new and self._on_join is not None:
+            self.guard(self._on_join, hello)
         self._send(link, _control(Kind.WELCOME, hello.node, self.name, welcome))
-        if self._on_join is not None and (old is None or old.hello.instance != hello.instance):
-            self._on_join(hello)
 
     def _refusal(self, hello: Hello, right: Right) -> str | None:
         if not valid_node(hello.node) or hello.node == self.name:
             return "that name cannot be a node's"
+        if hello.instance == self.instance:
+            return "that instance number is the hub's"
         if len(self._links) >= LINKS_LIMIT and hello.node not in self._links:
             return f"{LINKS_LIMIT} nodes are connected already"
         if right is not Right.WORK:
             if not hello.node.startswith(CLIENT_PREFIX):
                 return f"a node on this endpoint is named {CLIENT_PREFIX}..."
             old = self._links.get(hello.node)
-            if old is not None and old.hello.instance != hello.instance:
+            # The instance number travels in every ask, so it proves nothing; the token does.
+            if old is not None and (
+                old.hello.instance != hello.instance
+                or not hmac.compare_digest(token_digest(old.hello.token), token_digest(hello.token))
+            ):
                 return "a client of that name is connected"
             return None
         expected = self._expected.get(hello.node)
@@ -307,7 +339,7 @@ class Hub(Node):
         except FrameError:
             self.counters["malformed"] += 1
             return
-        if envelope.sender.partition("/")[0] != link.node:
+        if not self._is_from(link, envelope) or envelope.origin != link.hello.instance:
             self.counters["forged_sender"] += 1
             return
         refusal = self._message_refusal(link, address.node, envelope)
@@ -318,6 +350,10 @@ class Hub(Node):
             self._receive(envelope, address, link.right)
         else:
             self._forward(link, address.node, envelope)
+
+    @staticmethod
+    def _is_from(link: _Link, envelope: Envelope) -> bool:
+        return envelope.sender.partition("/")[0] == link.node
 
     def _message_refusal(self, link: _Link, target: str, envelope: Envelope) -> str | None:
         if link.right is Right.WORK and target not in (self.name, link.node):
@@ -338,22 +374,51 @@ class Hub(Node):
         if found is None:
             self._return(envelope, FaultReason.NO_SUCH_NODE, f"no node {target} is connected")
             return
-        if envelope.kind is Kind.ASK:
-            if len(self._forwards) >= FORWARDS_LIMIT:
-                self._return(envelope, FaultReason.OVERLOADED, "the hub forwards too many asks")
-                return
-            identity = (envelope.origin, envelope.sequence)
-            self._next_forward += 1
-            self._forwards[identity] = _Forwarded(link.node, target, envelope.deadline)
-            self._forward_numbers[self._next_forward] = identity
-            self._forward_wheel.add(self._next_forward, envelope.deadline)
+        try:
+            message_type(envelope.tag, envelope.version)
+        except UnknownType as error:
+            # Its right is not known here, and the node it is for would not ask for one.
+            self._return(envelope, FaultReason.UNHANDLED, str(error))
+            return
+        identity = (envelope.origin, envelope.sequence)
+        if identity in self._forwards:
+            self.counters["replayed"] += 1
+            return
+        is_ask = envelope.kind is Kind.ASK
+        if is_ask and len(self._forwards) >= FORWARDS_LIMIT:
+            self._return(envelope, FaultReason.OVERLOADED, "the hub forwards too many asks")
+            return
+        # A tell is noted so that it can come back, while that takes no room from asks.
+        if is_ask or len(self._forwards) < FORWARDS_LIMIT // 2:
+            self._note_forward(identity, link.node, target, envelope)
         fault = self._send(found, envelope)
-        if fault is not None:
-            self._forwards.pop((envelope.origin, envelope.sequence), None)
+        # Where the link was dropped on the way, an ask has been answered already.
+        if fault is not None and (self._end_forward(identity) is not None or not is_ask):
             self._return(envelope, *fault)
+
+    def _note_forward(
+        self, identity: tuple[int, int], origin: str, target: str, envelope: Envelope
+    ) -> None:
+        self._next_forward += 1
+        number = self._next_forward
+        self._forwards[identity] = _Forwarded(
+            number, envelope.kind, origin, target, envelope.deadline
+        )
+        self._forward_numbers[number] = identity
+        self._forward_wheel.add(number, envelope.deadline)
+
+    def _end_forward(self, identity: tuple[int, int]) -> _Forwarded | None:
+        forwarded = self._forwards.pop(identity, None)
+        if forwarded is not None:
+            del self._forward_numbers[forwarded.number]
+            self._forward_wheel.discard(forwarded.number, forwarded.deadline)
+        return forwarded
 
     def _take_reply(self, link: _Link, envelope: Envelope) -> None:
         """A REPLY or FAULT: only from the node that was asked, only to the one that asked."""
+        if not self._is_from(link, envelope):
+            self.counters["forged_sender"] += 1
+            return
         if envelope.origin == self.instance:
             self._take_answer(envelope, link.node)
             return
@@ -362,7 +427,10 @@ class Hub(Node):
         if forwarded is None or forwarded.target_node != link.node:
             self.counters["late_replies"] += 1
             return
-        del self._forwards[identity]
+        if forwarded.kind is Kind.TELL and envelope.kind is not Kind.FAULT:
+            self.counters["late_replies"] += 1
+            return
+        self._end_forward(identity)
         origin = self._links.get(forwarded.origin_node)
         if origin is None or self._send(origin, envelope) is not None:
             self.counters["replies_dropped"] += 1
@@ -376,12 +444,16 @@ class Hub(Node):
     def _take_subscription(self, frame: bytes) -> None:
         if frame[:1] != b"\x01":
             return
+        if len(frame) > _PREFIX_LIMIT:
+            self.counters["malformed"] += 1
+            return
         prefix = frame[1:].decode(errors="replace")
-        self._send_topic(_mark(prefix, self.name, self.instance, 0))
         with self._publish_lock:
             topics = self._sequencer.matching(prefix)
         for topic, last in topics:
             self._send_topic(_mark(topic, self.name, self.instance, last))
+        # Last: whoever sees it publishes, and a mark read after that would hide what was lost.
+        self._send_topic(_mark(prefix, self.name, self.instance, 0))
 
     # -- what goes out ---------------------------------------------------------------------
 
@@ -389,8 +461,6 @@ class Hub(Node):
         if envelope.kind is Kind.PUBLISH:
             self._send_topic(envelope)
             return
-        if envelope.kind is Kind.REPLY or envelope.kind is Kind.FAULT:
-            self._forwards.pop((envelope.origin, envelope.sequence), None)
         node = envelope.dest.partition("/")[0]
         if node == self.name:
             self._take_answer(envelope, self.name)
@@ -456,10 +526,22 @@ class Hub(Node):
         for ask in self._asks.take_nodes(lambda name: name == node):
             self._fail_ask(ask, reason, detail)
         for identity in [i for i, f in self._forwards.items() if f.target_node == node]:
-            forwarded = self._forwards.pop(identity)
-            self._fail_forward(identity, forwarded, reason, detail)
+            forwarded = self._end_forward(identity)
+            if forwarded is not None and forwarded.kind is Kind.ASK:
+                self._fail_forward(identity, forwarded, reason, detail)
         if link is not None and self._on_leave is not None:
-            self._on_leave(node)
+            self.guard(self._on_leave, node)
+
+    def _fence(self, node: str, generation: int) -> None:
+        link = self._links.get(node)
+        if link is not None and link.hello.generation != generation:
+            self._drop(node, FaultReason.LINK_LOST, f"generation {generation} replaces it")
+
+    def _probe(self) -> None:
+        """A connection ended, and ROUTER doesn't say whose: a send finds the links without one."""
+        for link in list(self._links.values()):
+            if not link.socket.closed:
+                self._send(link, Envelope(Kind.PONG, f"{link.node}/", f"{self.name}/"))
 
     def _fail_forward(
         self, identity: tuple[int, int], forwarded: _Forwarded, reason: FaultReason, detail: str
@@ -468,19 +550,24 @@ class Hub(Node):
         if origin is None:
             return
         fault = Fault(reason=reason, detail=detail, address=f"{forwarded.target_node}/")
-        envelope = _control(Kind.FAULT, origin.node, self.name, fault)
+        # In the name of the node that was asked: the asker takes an answer from no other.
+        envelope = _control(Kind.FAULT, origin.node, forwarded.target_node, fault)
         envelope.origin, envelope.sequence = identity
         self.counters[f"fault_{reason.value}"] += 1
         self._send(origin, envelope)
 
     def _timer_at(self) -> float | None:
-        moments = [m for m in (self._sweep_at, self._forward_wheel.next_at()) if m is not None]
+        timers = (self._sweep_at, self._probe_at, self._forward_wheel.next_at())
+        moments = [moment for moment in timers if moment is not None]
         return min(moments) if moments else None
 
     def _on_timer(self, now: float) -> None:
         for number in self._forward_wheel.due(now):
             identity = self._forward_numbers.pop(number)
             self._forwards.pop(identity, None)  # the asker ends it by its own deadline
+        if self._probe_at is not None and now >= self._probe_at:
+            self._probe_at = None
+            self._probe()
         if self._sweep_at is not None and now >= self._sweep_at:
             silent = [
                 link.node

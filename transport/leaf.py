@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, FrameError, K
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError
 from voidbus.transport.node import Node, Subscription
+from voidbus.transport.topics import OnGap, OnPublication
 
 _monotonic = time.monotonic
 
@@ -77,7 +79,7 @@ class Leaf(Node):
             node=name,
             instance=self.instance,
             generation=generation,
-            token=token,
+            token=token or secrets.token_hex(16),
             pid=os.getpid(),
             start_time=start_time,
         )
@@ -88,7 +90,11 @@ class Leaf(Node):
         self._clock_offset = 0.0
         self._last_heard = _monotonic()
         self._pinged_at = 0.0
-        self._hello_at: float | None = 0.0
+        self._is_inproc = url.startswith("inproc:")
+        # inproc has no monitor to say when a connection is made: there we try.
+        self._hello_at: float | None = 0.0 if self._is_inproc else None
+        self._connected = self._is_inproc
+        self._renew = False
         self._dealer: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
@@ -121,7 +127,7 @@ class Leaf(Node):
         self._prepare(dealer)
         dealer.setsockopt(zmq.RECONNECT_IVL, 50)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        if not self._url.startswith("inproc:"):
+        if not self._is_inproc:
             # inproc connects before the hub binds only without IMMEDIATE, and has no monitor.
             dealer.setsockopt(zmq.IMMEDIATE, 1)
             self._monitor = dealer.get_monitor_socket(
@@ -208,9 +214,12 @@ class Leaf(Node):
     def _take_event(self, frames: list[bytes]) -> None:
         event = parse_monitor_message(frames)["event"]
         if event == zmq.EVENT_DISCONNECTED:
+            self._connected = False
             self._lose_link("the connection to the hub ended")
-        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._up and not self._refused:
-            self._say_hello()
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = True
+            if not self._up and not self._refused:
+                self._say_hello()
 
     def _take_message(self, envelope: Envelope) -> None:
         try:
@@ -245,7 +254,7 @@ class Leaf(Node):
             self._hello_at = None
             self._was_up.set()
             if self._on_link is not None:
-                self._on_link(True)
+                self.guard(self._on_link, True)
 
     def _take_refusal(self, envelope: Envelope) -> None:
         with contextlib.suppress(CodecError):
@@ -255,7 +264,7 @@ class Leaf(Node):
         self._hello_at = None
         self._was_up.set()
         if self._on_refused is not None:
-            self._on_refused(self._refused)
+            self.guard(self._on_refused, self._refused)
 
     # -- what goes out ---------------------------------------------------------------------
 
@@ -300,6 +309,10 @@ class Leaf(Node):
 
     def _say_hello(self) -> None:
         self._hello_at = _monotonic() + _HELLO_INTERVAL
+        if self._dealer is not None:
+            # A send looks for new connections at most once a millisecond (libzmq's
+            # max_command_delay), this always does: the one just announced may be that new.
+            self._dealer.getsockopt(zmq.EVENTS)
         self._send(
             Envelope(
                 Kind.HELLO,
@@ -313,15 +326,16 @@ class Leaf(Node):
 
     def _lose_link(self, detail: str) -> None:
         was_up, self._up = self._up, False
-        self._was_up.clear()
         if not self._refused:
-            self._hello_at = _monotonic()
+            self._was_up.clear()
+            self._hello_at = _monotonic() if self._connected else None
+            self._renew = self._is_inproc
         if was_up:
             self.counters["links_lost"] += 1
             for ask in self._asks.take_nodes(lambda node: node != self.name):
                 self._fail_ask(ask, FaultReason.LINK_LOST, detail)
             if self._on_link is not None:
-                self._on_link(False)
+                self.guard(self._on_link, False)
 
     # -- timers ----------------------------------------------------------------------------
 
@@ -338,11 +352,15 @@ class Leaf(Node):
             return
         if not self._up:
             if self._hello_at is not None and now >= self._hello_at:
+                if self._renew:  # inproc doesn't connect again by itself
+                    self._disconnect()
+                    self._connect()
                 self._say_hello()
             return
         quiet = now - self._last_heard
         if quiet >= 2.5 * self._heartbeat:
             self.counters["silent_links"] += 1
+            self._connected = self._is_inproc
             self._lose_link("the hub fell silent")
             self._disconnect()
             self._connect()
@@ -353,9 +371,15 @@ class Leaf(Node):
 
     # -- subscriptions ---------------------------------------------------------------------
 
-    def _add_subscription(self, subscription: Subscription) -> None:
+    def subscribe(
+        self, prefix: str, on_publication: OnPublication, on_gap: OnGap | None = None
+    ) -> Subscription:
+        """As Node.subscribe. Raises AddressError where the leaf was given no `topics_url`."""
         if not self._topics_url:
-            raise AddressError(f"node {self.name} has no topics endpoint")
+            raise AddressError(f"node {self.name} has no topics endpoint; give it topics_url")
+        return super().subscribe(prefix, on_publication, on_gap)
+
+    def _add_subscription(self, subscription: Subscription) -> None:
         if self._sub is None:
             self._sub = self._context.socket(zmq.SUB)
             self._prepare(self._sub)

@@ -7,6 +7,7 @@ the outbound queue and the thread that polls.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import threading
@@ -14,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -21,7 +23,7 @@ import zmq
 
 from voidbus.transport.address import Address, parse_address
 from voidbus.transport.delivery import Ask, Delivery, PendingAsks, Receiver
-from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, FrameError, Kind, read_envelope
+from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.topics import (
@@ -34,9 +36,19 @@ from voidbus.transport.topics import (
 )
 
 _monotonic = time.monotonic
+_log = logging.getLogger("voidbus.transport")
 
 # Frames read from one socket before the others get their turn.
 _BURST = 256
+
+# Above this many characters of key and trace the header's limit is looked at before queuing.
+_LONG_FIELDS = 512
+
+# The longest sleep (milliseconds): zmq_poll's timeout is a C long and a deadline may be any time.
+_LONGEST_SLEEP = 3_600_000
+
+# The key of a FAULT that brings back a tell, which tells it from a late answer to an ask.
+RETURNED_TELL = "tell"
 
 
 class Subscription:
@@ -66,10 +78,11 @@ class Subscription:
 
     def take(self, envelope: Envelope) -> None:
         """Account for a publication and pass it on. Runs on the node's thread; must not block."""
-        if envelope.kind is Kind.MARK and envelope.tag == "link.subscribed":
-            self._ready.set()
-            if not envelope.sequence:
-                return
+        if envelope.kind is Kind.MARK and not envelope.sequence:
+            # The last of the marks a subscription gets.
+            if envelope.dest == self.prefix:
+                self._ready.set()
+            return
         topic = envelope.dest
         tracker = self._trackers.get(topic)
         if tracker is None:
@@ -79,11 +92,12 @@ class Subscription:
         mark = envelope.kind is Kind.MARK
         verdict, gap = tracker.observe(envelope.origin, envelope.sequence, mark=mark)
         if gap is not None and self._on_gap is not None:
-            self._on_gap(gap)
+            self._node.guard(self._on_gap, gap)
         if mark or verdict is Verdict.DUPLICATE:
             return
         message = message_type(envelope.tag, envelope.version).from_json(envelope.body)
-        self._on_publication(Publication(topic, envelope.origin, envelope.sequence, message))
+        publication = Publication(topic, envelope.origin, envelope.sequence, message)
+        self._node.guard(self._on_publication, publication)
 
 
 class Node(ABC):
@@ -112,11 +126,13 @@ class Node(ABC):
         self._asks = PendingAsks(asks_limit)
         self._outbound: deque[Envelope] = deque()
         self._outbound_bytes = 0
+        self._outbound_lock = threading.Lock()
         self._queue_limit = queue_limit
         self._queue_bytes = queue_bytes
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._waking = False
+        self._wake_lock = threading.Lock()
         self._closing = False
         self._closed = False
         self._close_lock = threading.Lock()
@@ -156,8 +172,13 @@ class Node(ABC):
         """
         address = parse_address(dest) if isinstance(dest, str) else dest
         deadline = _monotonic() + timeout
+        if on_end is not None:
+            on_end = partial(self.guard, on_end)
         if address.node == self.name:
             ask = Ask(address.path, deadline, on_end)
+            if self._closing:
+                self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
+                return ask
             if on_end is not None:
                 self._watch_deadline(ask, on_end)
             delivery = Delivery(
@@ -173,6 +194,11 @@ class Node(ABC):
             self._deliver_here(delivery)
             return ask
         ask = Ask(str(address), deadline, on_end)
+        try:
+            body = message.to_json()
+        except ValueError as error:
+            self._fail_ask(ask, FaultReason.INVALID, f"{message.tag} cannot be written: {error}")
+            return ask
         number = next(self._numbers)
         envelope = Envelope(
             Kind.ASK,
@@ -186,7 +212,7 @@ class Node(ABC):
             generation=generation,
             key=key,
             trace=trace,
-            body=message.to_json(),
+            body=body,
             attachments=attachments,
         )
         must_wake = self._asks.add(number, address.node, ask)
@@ -227,6 +253,10 @@ class Node(ABC):
                     trace=trace,
                 )
             )
+        try:
+            body = message.to_json()
+        except ValueError:
+            return FaultReason.INVALID
         fault = self._submit(
             Envelope(
                 Kind.TELL,
@@ -239,7 +269,7 @@ class Node(ABC):
                 deadline=deadline,
                 generation=generation,
                 trace=trace,
-                body=message.to_json(),
+                body=body,
                 attachments=attachments,
             )
         )
@@ -293,8 +323,9 @@ class Node(ABC):
                 self._thread.join(timeout)
                 if self._thread.is_alive():
                     raise TimeoutError(f"node {self.name}: its thread did not end in {timeout} s")
-            self._closed = True
-            os.close(self._wake_fd)
+            with self._wake_lock:
+                self._closed = True
+                os.close(self._wake_fd)
             if self._owns_context:
                 self._context.term()
         for ask in self._asks.take_nodes(lambda _: True):
@@ -304,7 +335,14 @@ class Node(ABC):
 
     def _deliver_here(self, delivery: Delivery) -> FaultReason | None:
         receiver = self._receivers.get(delivery.path)
-        reason = FaultReason.NO_SUCH_ACTOR if receiver is None else receiver.deliver(delivery)
+        if receiver is None:
+            reason: FaultReason | None = FaultReason.NO_SUCH_ACTOR
+        else:
+            try:
+                reason = receiver.deliver(delivery)
+            except Exception:  # noqa: BLE001 - not our code; logged, and it must not end the node
+                self._count_raised()
+                reason = FaultReason.FAILED
         if reason is not None:
             self.counters[f"fault_{reason.value}"] += 1
             delivery.fail(reason, _DETAILS.get(reason, "the receiver did not take it"))
@@ -324,6 +362,19 @@ class Node(ABC):
             self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
         elif must_wake:
             self._wake()
+        if self._closed:  # nobody is left to look at deadlines
+            self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
+
+    def guard(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call what a user of the bus gave us. What it raises is logged, counted, and ends here."""
+        try:
+            callback(*arguments)
+        except Exception:  # noqa: BLE001 - not our code; logged, and it must not end the node
+            self._count_raised()
+
+    def _count_raised(self) -> None:
+        self.counters["callbacks_raised"] += 1
+        _log.exception("node %s: a callback raised", self.name)
 
     def _fail_ask(self, ask: Ask, reason: FaultReason, detail: str) -> None:
         if ask.end(Fault(reason=reason, detail=detail, address=ask.address)):
@@ -369,6 +420,12 @@ class Node(ABC):
     def _send_answer(
         self, asked: Envelope, reply: Message, attachments: Sequence[bytes] = ()
     ) -> None:
+        try:
+            body = reply.to_json()
+        except ValueError as error:
+            detail = f"the reply {reply.tag} cannot be written: {error}"
+            reply = Fault(reason=FaultReason.INVALID, detail=detail, address=asked.dest)
+            body, attachments = reply.to_json(), ()
         envelope = Envelope(
             Kind.FAULT if isinstance(reply, Fault) else Kind.REPLY,
             asked.sender,
@@ -378,8 +435,9 @@ class Node(ABC):
             tag=reply.tag,
             version=reply.version,
             deadline=asked.deadline,
+            key=RETURNED_TELL if asked.kind is Kind.TELL else "",
             trace=asked.trace,
-            body=reply.to_json(),
+            body=body,
             attachments=attachments,
         )
         fault = self._submit(envelope)
@@ -411,7 +469,7 @@ class Node(ABC):
             outcome = Fault(reason=FaultReason.INVALID, detail=str(error), address=envelope.sender)
         if ask is not None:
             ask.end(outcome, envelope.attachments)
-        elif envelope.kind is Kind.FAULT and isinstance(outcome, Fault):
+        elif envelope.key == RETURNED_TELL and isinstance(outcome, Fault):
             self._take_returned_tell(envelope, outcome)
         else:
             self.counters["late_replies"] += 1
@@ -422,28 +480,33 @@ class Node(ABC):
         path = envelope.dest.partition("/")[2]
         receiver = self._receivers.get(path)
         if receiver is not None and envelope.origin == self.instance:
-            receiver.deliver(Delivery(path, envelope.sender, fault, deadline=_monotonic() + 30.0))
+            returned = Delivery(path, envelope.sender, fault, deadline=_monotonic() + 30.0)
+            self.guard(receiver.deliver, returned)
 
     # -- the outbound queue ----------------------------------------------------------------
 
     def _submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
         """Queue an envelope for the node's thread; a reason where that can't be."""
         size = envelope.size
-        if size > ATTACHMENT_LIMIT:
+        long_fields = len(envelope.key) + len(envelope.trace) > _LONG_FIELDS
+        if size > BODY_LIMIT or envelope.attachments or long_fields:
             try:
                 envelope.frames()
             except FrameError as error:
                 return FaultReason.TOO_LARGE, str(error)
         if self._closing:
             return FaultReason.CLOSED, "this node was closed"
-        if (
-            len(self._outbound) >= self._queue_limit
-            or self._outbound_bytes + size > self._queue_bytes
-        ):
+        with self._outbound_lock:
+            has_room = (
+                len(self._outbound) < self._queue_limit
+                and self._outbound_bytes + size <= self._queue_bytes
+            )
+            if has_room:
+                self._outbound_bytes += size
+                self._outbound.append(envelope)
+        if not has_room:
             self.counters["outbound_full"] += 1
             return FaultReason.OVERLOADED, "this node's outbound queue is full"
-        self._outbound_bytes += size
-        self._outbound.append(envelope)
         if not self._waking:
             self._wake()
         return None
@@ -456,8 +519,10 @@ class Node(ABC):
         self._wake()
 
     def _wake(self) -> None:
-        self._waking = True
-        os.eventfd_write(self._wake_fd, 1)
+        with self._wake_lock:
+            if not self._closed:
+                self._waking = True
+                os.eventfd_write(self._wake_fd, 1)
 
     # -- the thread that owns the sockets --------------------------------------------------
 
@@ -467,17 +532,15 @@ class Node(ABC):
     def _run(self) -> None:
         try:
             self._open()
-            self._loop()
+            with contextlib.suppress(zmq.error.ContextTerminated):
+                self._loop()
         finally:
             self._shut()
 
     def _loop(self) -> None:
         while True:
             timeout = self._milliseconds_to(self._next_timer())
-            try:
-                ready: list[tuple[Any, int]] = zmq.zmq_poll(self._poll_set(), timeout)
-            except zmq.error.ContextTerminated:
-                return
+            ready: list[tuple[Any, int]] = zmq.zmq_poll(self._poll_set(), timeout)
             for source, _ in ready:
                 if isinstance(source, int):
                     with contextlib.suppress(BlockingIOError):
@@ -488,7 +551,7 @@ class Node(ABC):
                 else:
                     self._drain(source)
             while self._calls:
-                self._calls.popleft()()
+                self.guard(self._calls.popleft())
             self._flush()
             now = _monotonic()
             for ask in self._asks.take_due(now):
@@ -504,20 +567,30 @@ class Node(ABC):
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take_frames(socket, frames)
+            try:
+                self._take_frames(socket, frames)
+            except zmq.error.ContextTerminated:
+                raise
+            except Exception:  # noqa: BLE001 - whatever a peer sent, the node lives on
+                self.counters["frames_raised"] += 1
+                _log.exception("node %s: could not handle a message", self.name)
 
     def _flush(self) -> None:
+        sent = 0
         for _ in range(len(self._outbound)):
             envelope = self._outbound.popleft()
-            self._outbound_bytes -= envelope.size
+            sent += envelope.size
             self._transmit(envelope)
+        if sent:
+            with self._outbound_lock:
+                self._outbound_bytes -= sent
 
     def _milliseconds_to(self, moment: float | None) -> int:
         if self._closing:
             return 0
         if moment is None:
             return -1
-        return max(0, int((moment - _monotonic()) * 1000) + 1)
+        return min(max(0, int((moment - _monotonic()) * 1000) + 1), _LONGEST_SLEEP)
 
     def _next_timer(self) -> float | None:
         moments = [m for m in (self._asks.next_at(), self._timer_at()) if m is not None]
@@ -578,4 +651,5 @@ _DETAILS = {
     FaultReason.NO_SUCH_ACTOR: "nothing receives at this address",
     FaultReason.MAILBOX_FULL: "the receiver's mailbox is full",
     FaultReason.MAILBOX_CLOSED: "the receiver has stopped",
+    FaultReason.FAILED: "the receiver failed to take it",
 }

@@ -1,0 +1,204 @@
+"""Who may say what to whom, and what becomes of those who lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import zmq
+from transport_kit import Answer, Bus, Change, Echo, Look, Mute, Signal, Work
+
+from voidbus.transport.control import Hello
+from voidbus.transport.envelope import Envelope, Kind
+from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.hub import token_digest
+from voidbus.transport.message import Message, Right
+
+
+def outcome(node: Any, dest: str, message: Message) -> object:
+    answer = node.ask(dest, message, timeout=5).wait()
+    return answer.reason if isinstance(answer, Fault) else type(answer)
+
+
+def test_a_link_may_only_send_what_its_endpoint_allows(bus: Bus) -> None:
+    bus.hub.attach("echo", Echo())
+    allowed: dict[Right, set[type[Message]]] = {
+        Right.OBSERVE: {Look},
+        Right.OPERATE: {Look, Change},
+        Right.WORK: {Work},
+    }
+    for right, types in allowed.items():
+        name = "run-1" if right is Right.WORK else f"client-{right.name}"
+        leaf = bus.leaf(name, right)
+        messages: list[Message] = [Look(), Change(), Work()]
+        for message in messages:
+            expected = Answer if type(message) in types else FaultReason.REFUSED
+            assert outcome(leaf, "hub/echo", message) is expected
+
+
+def test_a_run_may_not_address_another_run(bus: Bus) -> None:
+    run, other = bus.leaf("run-1", Right.WORK), bus.leaf("run-2", Right.WORK)
+    echo = Echo()
+    other.attach("echo", echo)
+    assert outcome(run, "run-2/echo", Work()) is FaultReason.REFUSED
+    assert not echo.got
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "generation"),
+    [("run-1", "guess", 2), ("run-1", "right", 1), ("run-2", "right", 2), ("hub", "right", 2)],
+)
+def test_a_run_that_is_not_expected_is_refused_for_good(
+    bus: Bus, name: str, token: str, generation: int
+) -> None:
+    bus.hub.expect("run-1", token_digest("right"), 2)
+    refusals = Signal()
+    leaf = bus.leaf(
+        name, Right.WORK, wait=False, token=token, generation=generation, on_refused=refusals
+    )
+    assert not leaf.wait_up(5)
+    assert leaf.refused
+    assert token not in leaf.refused.split()
+    assert refusals.wait(lambda seen: len(seen) == 1) == [leaf.refused]
+    assert bus.hub.nodes == []
+
+
+def test_a_client_may_not_take_a_runs_name_or_another_clients(bus: Bus) -> None:
+    bus.leaf("client-a")
+    for name in ("run-1", "client-a"):
+        leaf = bus.leaf(name, wait=False)
+        assert not leaf.wait_up(5)
+        assert leaf.refused
+
+
+def test_a_new_generation_fences_off_the_old_one(bus: Bus) -> None:
+    run = bus.leaf("run-1", Right.WORK, generation=1)
+    mute = Mute()
+    run.attach("mute", mute)
+    ask = bus.hub.ask("run-1/mute", Work(), timeout=30)
+    mute.wait_for(1)
+    bus.hub.expect("run-1", token_digest("token"), 2)
+    fault = ask.wait()
+    assert isinstance(fault, Fault)
+    assert fault.reason is FaultReason.LINK_LOST
+    bus.left.wait(lambda seen: seen == ["run-1"])
+
+
+def test_an_operators_ask_ends_at_once_when_its_run_goes(bus: Bus) -> None:
+    client, run = bus.leaf("client-a"), bus.leaf("run-1", Right.WORK)
+    mute = Mute()
+    run.attach("mute", mute)
+    ask = client.ask("run-1/mute", Look(), timeout=30)
+    mute.wait_for(1)
+    run.close()
+    fault = ask.wait()
+    assert isinstance(fault, Fault)
+    assert fault.reason is FaultReason.LINK_LOST
+
+
+class Raw:
+    """A bare DEALER that says what it likes."""
+
+    def __init__(self, bus: Bus, right: Right) -> None:
+        self.socket = bus.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.rcvtimeo = 5000
+        self.socket.connect(bus.hub.addresses[right])
+
+    def send(self, envelope: Envelope) -> None:
+        self.socket.send_multipart(envelope.frames())
+
+    def hello(self, node: str, instance: int, token: str = "raw") -> Kind:
+        body = Hello(node=node, instance=instance, token=token).to_json()
+        self.send(Envelope(Kind.HELLO, "hub/", f"{node}/", tag=Hello.tag, body=body))
+        return Kind(self.socket.recv_multipart()[1][3])
+
+    def ask(self, sender: str, dest: str, origin: int, sequence: int) -> None:
+        self.send(
+            Envelope(
+                Kind.ASK,
+                dest,
+                sender,
+                origin=origin,
+                sequence=sequence,
+                tag=Look.tag,
+                deadline=1e11,
+                body=b"{}",
+            )
+        )
+
+
+@pytest.fixture
+def raw(ipc_bus: Bus) -> Any:
+    raw = Raw(ipc_bus, Right.OPERATE)
+    yield raw
+    raw.socket.close()
+
+
+def test_a_forged_sender_or_origin_is_dropped_and_counted(ipc_bus: Bus, raw: Raw) -> None:
+    echo = Echo()
+    ipc_bus.hub.attach("echo", echo)
+    assert raw.hello("client-raw", 7) is Kind.WELCOME
+    raw.ask("client-b/", "hub/echo", 7, 1)
+    raw.ask("client-raw/", "hub/echo", 8, 2)
+    raw.ask("client-raw/", "hub/echo", 7, 3)
+    assert Kind(raw.socket.recv_multipart()[1][3]) is Kind.REPLY
+    assert len(echo.got) == 1
+    assert ipc_bus.hub.counters["forged_sender"] == 2
+
+
+def test_a_connection_keeps_its_one_name(ipc_bus: Bus, raw: Raw) -> None:
+    ipc_bus.hub.attach("echo", Echo())
+    assert raw.hello("client-raw", 7) is Kind.WELCOME
+    body = Hello(node="client-two", instance=9).to_json()
+    raw.send(Envelope(Kind.HELLO, "hub/", "client-two/", tag=Hello.tag, body=body))
+    raw.ask("client-raw/", "hub/echo", 7, 1)
+    assert Kind(raw.socket.recv_multipart()[1][3]) is Kind.REPLY
+    assert ipc_bus.hub.nodes == ["client-raw"]
+
+
+def test_knowing_a_clients_instance_is_not_enough_to_take_its_link(ipc_bus: Bus, raw: Raw) -> None:
+    client = ipc_bus.leaf("client-a")
+    assert raw.hello("client-a", client.instance) is Kind.REFUSED
+    assert raw.hello("client-raw", ipc_bus.hub.instance) is Kind.REFUSED
+
+
+def test_a_replayed_ask_is_not_forwarded_twice(ipc_bus: Bus, raw: Raw) -> None:
+    run = ipc_bus.leaf("run-1", Right.WORK)
+    mute = Mute()
+    run.attach("mute", mute)
+    ipc_bus.hub.attach("echo", Echo())
+    assert raw.hello("client-raw", 7) is Kind.WELCOME
+    raw.ask("client-raw/", "run-1/mute", 7, 1)
+    raw.ask("client-raw/", "run-1/mute", 7, 1)
+    raw.ask("client-raw/", "hub/echo", 7, 2)
+    raw.socket.recv_multipart()
+    assert ipc_bus.hub.counters["replayed"] == 1
+    assert len(mute.wait_for(1)) == 1
+
+
+@pytest.mark.parametrize("right", list(Right))
+def test_hostile_frames_are_counted_and_leave_the_hub_unharmed(ipc_bus: Bus, right: Right) -> None:
+    ipc_bus.hub.attach("echo", Echo())
+    client = ipc_bus.leaf("client-a")
+    raw = Raw(ipc_bus, right)
+    good = Envelope(Kind.ASK, "hub/echo", "x/", tag=Look.tag, body=b"{}", deadline=1e9).frames()
+    hostile = [
+        [b""],
+        [b"junk"] * 2,
+        [b"\xff" * 10] * 3,
+        [b"x"] * 5000,
+        [b"x" * 3000, *good[1:]],
+        [good[0], good[1][:10], good[2]],
+        [good[0], good[1][:2] + b"\x09" + good[1][3:], good[2]],
+        [good[0], good[1][:3] + b"\xee" + good[1][4:], good[2]],
+        [good[0], good[1], good[2], *[b""] * 17],
+    ]
+    for frames in hostile:
+        raw.socket.send_multipart(frames)
+    raw.send(Envelope(Kind.HELLO, "hub/", "x/", tag=Hello.tag, body=b"\xff{"))
+    raw.send(Envelope(Kind.PING, "hub/", "x/"))  # answered: everything before it was read
+    assert Kind(raw.socket.recv_multipart()[1][3]) is Kind.UNKNOWN_LINK
+    raw.socket.close()
+    assert ipc_bus.hub.counters["malformed"] == len(hostile) + 1
+    assert client.ask("hub/echo", Look(text="x"), timeout=5).result() == Answer(text="x")
