@@ -75,8 +75,7 @@ def _document(census: _Census) -> dict[str, Any]:
 def _print(census: _Census) -> None:
     rows: list[list[str]] = []
     for system in census.systems:
-        title = f"{system.node} (process {system.pid}, {system.threads} threads)"
-        rows.append([title, "", "", "", "", "", "", ""])
+        rows.append([f"{system.node} (process {system.pid}, {system.threads} threads)"])
         rows.extend(_rows(system.actors))
     print_table(
         ("ACTOR", "STATE", "AGE", "WAITING", "OLDEST", "HANDLED", "RESTARTS", "LAST FAULT"), rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -27,6 +28,12 @@ SYSTEM = "supervisor/system"
 # milliseconds in practice; a disk that is slow to sync is what takes longest.
 ASK_TIMEOUT = 10.0
 LINK_TIMEOUT = 5.0
+
+# A supervisor is found before its last actor is up, and starts one that failed again (seconds).
+SETTLE = 5.0
+_INTERVAL = 0.02
+# What a node says for an address that nobody has; an actor uses the reason with words of its own.
+_NOBODY = "nothing receives at this address"
 
 Right = Literal["observe", "operate"]
 
@@ -59,8 +66,19 @@ class Supervisor:
         return self.leaf.ask(dest, message, timeout=timeout, key=key)
 
     def ask(self, dest: str, message: Message, reply: type[M], timeout: float = ASK_TIMEOUT) -> M:
-        """Ask and wait. Raises Refusal where a fault comes back."""
-        return self.finish(self.begin(dest, message, timeout), reply)
+        """Ask and wait. Raises Refusal where a fault comes back.
+
+        An actor of the supervisor that is not there is being started: it gets SETTLE seconds.
+        """
+        patience = time.monotonic() + min(SETTLE, timeout)
+        while True:
+            try:
+                return self.finish(self.begin(dest, message, timeout), reply)
+            except Refusal as refusal:
+                starting = dest.startswith("supervisor/") and _starting(refusal.fault)
+                if not starting or time.monotonic() >= patience:
+                    raise
+            time.sleep(_INTERVAL)
 
     def finish(self, ask: Ask, reply: type[M]) -> M:
         """Wait for the reply of an ask that `begin` began. Raises Refusal."""
@@ -73,6 +91,13 @@ class Supervisor:
                 f"the supervisor is version {self.record.version}: use the same version"
             )
         return outcome
+
+
+def _starting(fault: Fault) -> bool:
+    """Whether the message came back unread from an actor that is not there yet, or again."""
+    return fault.reason is FaultReason.MAILBOX_CLOSED or (
+        fault.reason is FaultReason.NO_SUCH_ACTOR and fault.detail == _NOBODY
+    )
 
 
 def connect(

@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Nothing is raised: operators see no traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _open_standard_files()
         code = _run(given)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -23,6 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _leave_silently()
     return code
+
+
+def _open_standard_files() -> None:
+    """Python leaves out the standard files it is started without (`>&-`): nobody reads them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - until the end
 
 
 def _run(arguments: list[str]) -> int:

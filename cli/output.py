@@ -130,15 +130,21 @@ def _data(document: BaseModel | dict[str, Any]) -> Any:
 def print_table(
     titles: Sequence[str], rows: Sequence[Sequence[str]], *, status: int | None = None
 ) -> None:
-    """Columns under titles; on a terminal cut to its width. Column `status` is coloured."""
+    """Columns under titles; on a terminal cut to its width. Column `status` is coloured.
+
+    A row of one cell is a line of its own across the columns.
+    """
     shown = [[plain(cell) for cell in row] for row in rows]
     widths = [
-        max([len(title), *(len(row[column]) for row in shown)])
+        max([len(title), *(len(row[column]) for row in shown if len(row) > 1)])
         for column, title in enumerate(titles)
     ]
     limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     say(paint(_line(titles, widths, limit), "bold"))
     for row in shown:
+        if len(row) == 1:
+            say(row[0])
+            continue
         line = _line(row, widths, limit)
         if status is not None:
             start = sum(widths[:status]) + 2 * status

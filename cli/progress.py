@@ -13,6 +13,7 @@ from voidbus.cli.output import STATUS_COLOURS, colourful, duration, note, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 # What the live display shows of a log, and how often it is drawn anew (seconds).
 _LOG_LINES = 8
@@ -118,7 +119,9 @@ class Live:
         from rich.console import Console
         from rich.live import Live as RichLive
         from rich.spinner import Spinner
+        from rich.text import Text
 
+        self._text = Text
         self._run_id = run_id
         self._doing = "starting"
         self._began = time.monotonic()
@@ -127,12 +130,11 @@ class Live:
         self._log: deque[tuple[str, str]] = deque(maxlen=_LOG_LINES)
         self._spinner = Spinner("dots", style="cyan")
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        # Without a thread of its own, and gone when the run has ended: the result is what stays.
+        # Drawn by `tick`, without a thread of its own.
         self._live = RichLive(
             self._picture(),
             console=self._console,
             auto_refresh=False,
-            transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -142,6 +144,8 @@ class Live:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        # What stays of it is how the stages ended.
+        self._live.update(self._stage_table(), refresh=True)
         self._live.stop()
 
     def show(self, event: RunEvent) -> None:
@@ -154,11 +158,11 @@ class Live:
         elif not event.event_type.startswith("log."):
             self._doing = event.message
         if event.level != "info" and text is None:
-            self._console.print(plain(event.message), style="yellow")
+            self._console.print(self._text(plain(event.message), "yellow"))
         self.tick()
 
     def tell(self, text: str) -> None:
-        self._console.print(f"voidbus: {plain(text)}")
+        self._console.print(self._text(f"voidbus: {plain(text)}", ""))
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -169,29 +173,37 @@ class Live:
     def _picture(self) -> Group:
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text
 
         head = Table.grid(padding=(0, 1))
         head.add_column(no_wrap=True)
-        head.add_column(no_wrap=True)
-        head.add_column(no_wrap=True, style="dim")
+        # A long message is what gives way on a narrow terminal.
+        head.add_column(no_wrap=True, min_width=len(self._run_id))
+        head.add_column(no_wrap=True, min_width=6, style="dim")
         head.add_column(no_wrap=True, overflow="ellipsis")
         elapsed = duration(time.monotonic() - self._began)
         head.add_row(
-            self._spinner, Text(plain(self._run_id), "bold"), Text(elapsed), plain(self._doing)
+            self._spinner,
+            self._text(plain(self._run_id), "bold"),
+            self._text(elapsed),
+            plain(self._doing),
         )
+        lines = [
+            self._text(f"  {plain(stage)}| {plain(text)}", "dim", no_wrap=True, overflow="ellipsis")
+            for stage, text in self._log
+        ]
+        return Group(head, self._stage_table(), *lines)
+
+    def _stage_table(self) -> Table:
+        from rich.table import Table
+
         stages = Table.grid(padding=(0, 1))
         for name, stage in self._stages.items():
             mark = _MARKS.get(stage.status, "▸")
             colour = STATUS_COLOURS.get(stage.status, "dim")
             stages.add_row(
-                Text(f"  {mark}", colour),
-                Text(plain(name)),
-                Text(stage.status, colour),
-                Text(duration(stage.elapsed), "dim"),
+                self._text(f"  {mark}", colour),
+                self._text(plain(name)),
+                self._text(stage.status, colour),
+                self._text(duration(stage.elapsed), "dim"),
             )
-        lines = [
-            Text(f"  {plain(stage)}| {plain(text)}", "dim", no_wrap=True, overflow="ellipsis")
-            for stage, text in self._log
-        ]
-        return Group(head, stages, *lines)
+        return stages

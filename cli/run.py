@@ -41,13 +41,15 @@ from voidbus.cli.output import (
     seconds_since,
     warn,
 )
-from voidbus.cli.own_supervisor import OwnSupervisor, connect_or_start
+from voidbus.cli.own_supervisor import OwnSupervisor, some_supervisor
 from voidbus.cli.progress import Progress, progress_for
 from voidbus.cli.runs import cost_line
 from voidbus.cli.validate import check_file
 from voidbus.spec.policy import Policy
 from voidbus.transport.fault import FaultReason
 
+# What ends a followed run as Ctrl-C does: being told to end, and the terminal's going away.
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Journaling a run and answering takes milliseconds; loading what it names may take longer.
 _START_TIMEOUT = 30.0
 
@@ -106,24 +108,12 @@ def run(
     request = StartRun(
         file=str(file.absolute()), input=input_text(given), run_id=run_id, policy=policy
     )
-    supervisor, own = connect_or_start(place.state)
-    finished = False
-    try:
-        with supervisor:
-            if not follow:
-                accepted = _start(supervisor, request)
-                _tell_detached(accepted, own, place, as_json)
-                finished = True
-                return ExitCode.OK
-            try:
-                return _follow(supervisor, request, as_json)
-            finally:
-                if own is not None:
-                    own.stop(supervisor)
-                    finished = True
-    finally:
-        if own is not None and not finished:
-            own.abandon()
+    with some_supervisor(place.state, keep=not follow) as (supervisor, own):
+        if follow:
+            return _follow(supervisor, request, as_json)
+        accepted = _start(supervisor, request)
+        _tell_detached(accepted, own, place, as_json)
+        return ExitCode.OK
 
 
 def _start(supervisor: Supervisor, request: StartRun) -> RunAccepted:
@@ -190,7 +180,9 @@ def _watch(
 
 def _cancel(supervisor: Supervisor, run_id: str, progress: Progress) -> None:
     state = supervisor.ask(JOURNAL, InspectRun(run_id=run_id), RunState)
-    supervisor.ask(RUNS, CancelRun(run_id=run_id, reason="interrupted by Ctrl-C"), CancelAccepted)
+    supervisor.ask(
+        RUNS, CancelRun(run_id=run_id, reason="interrupted by its operator"), CancelAccepted
+    )
     progress.tell(
         f"cancelling {run_id}; this may take {cancel_deadline(state, None):g} s at most. "
         "Ctrl-C again leaves at once"
@@ -218,11 +210,14 @@ class _Interrupts:
 @contextmanager
 def _interrupts() -> Iterator[_Interrupts]:
     interrupts = _Interrupts()
-    before = signal.signal(signal.SIGINT, interrupts.take)
+    # What is ignored, as by nohup(1) and by a shell's background jobs, stays ignored.
+    taken = [number for number in _INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupts.take) for number in taken}
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _intents(supervisor: Supervisor, run_id: str) -> IntentList:

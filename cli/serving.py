@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import click
 
 from voidbus.cli.options import Place, state_dir_option
+
+# What the owner of an ephemeral supervisor writes to let it go on without it.
+KEEP = b"k"
 
 
 @click.command()
@@ -22,21 +27,28 @@ from voidbus.cli.options import Place, state_dir_option
     type=click.Choice(["debug", "info", "warning", "error"]),
     help="What is logged to standard error (default: as configured, else info).",
 )
-# Tells, in a process list, the supervisor that `voidbus run` started for itself from one that an
-# operator did.
-@click.option("--ephemeral", is_flag=True, hidden=True, expose_value=False)
+# How `voidbus run` starts one for itself: it ends when whoever holds its standard input does.
+@click.option("--ephemeral", is_flag=True, hidden=True)
 @state_dir_option
 @click.pass_obj
-def serve(place: Place, config: Path | None, log_level: str | None) -> int:
+def serve(place: Place, config: Path | None, log_level: str | None, ephemeral: bool) -> int:
     """Run the supervisor in the foreground, until it is stopped.
 
     SIGTERM or Ctrl-C stops it politely; a second one cancels the runs there are.
     """
     from voidbus.cli.serve import serve as serve_until_stopped
 
+    if ephemeral:
+        threading.Thread(target=_end_with_owner, name="owner-watch", daemon=True).start()
     given = place.given
     flags = {
         "state_dir": str(given.absolute()) if given is not None else None,
         "log.level": log_level,
     }
     return serve_until_stopped(config, os.environ, flags)
+
+
+def _end_with_owner() -> None:
+    """Stop politely when standard input ends, for then its owner has, unless it said KEEP."""
+    if os.read(0, 1) != KEEP:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -18,6 +18,7 @@ from voidbus.cli.follow import ENDINGS
 from voidbus.cli.options import Place, json_option, state_dir_option
 from voidbus.cli.output import plain, plural, print_json, say, warn
 from voidbus.cli.state import SupervisorRecord
+from voidbus.transport.fault import FaultReason
 from voidbus.transport.topics import Publication
 
 # What a stop takes beyond the time the runs get: cancelling what is left, and ending the
@@ -120,9 +121,9 @@ def _ask_to_stop(
 ) -> None:
     try:
         supervisor.ask(ROOT, StopSupervisor(runs=runs, deadline=deadline), Accepted)
-    except Refusal:
-        # It may have gone before its answer could be read.
-        if supervisor.record.alive:
+    except Refusal as refusal:
+        # It may go before its answer can be read; whether it does is waited for anyway.
+        if refusal.fault.reason is not FaultReason.LINK_LOST:
             raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 from fake_supervisor import FakeSupervisor
 
+from voidbus.actors.messages.actor import Accepted
 from voidbus.actors.messages.runs import CancelAccepted, CancelRun, ReadEvents, StartRun
 from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
+from voidbus.actors.messages.supervisor import StopSupervisor
 from voidbus.cli import cancel
 from voidbus.sidecar.model import Intent
+from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 
 Voidbus = Callable[..., Any]
@@ -262,3 +266,53 @@ def test_intents_are_listed_and_drained_only_when_asked(
         False,
         True,
     ]
+
+
+def test_stop_waits_until_the_process_is_gone_and_says_what_became_of_the_runs(
+    state: Path, voidbus: Voidbus
+) -> None:
+    with (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,
+        FakeSupervisor(state, pid=process.pid) as supervisor,
+    ):
+        supervisor.add_run("run-a")
+        supervisor.add_run("run-b")
+
+        def end(delivery: Delivery) -> None:
+            supervisor.emit("run-a", "run.finished")
+            delivery.reply(Accepted(operation="stop"))
+
+        supervisor.answers[StopSupervisor] = end
+
+        def leave() -> None:
+            supervisor.wait_for(StopSupervisor)
+            process.communicate(b"\n")
+
+        thread = threading.Thread(target=leave)
+        thread.start()
+        result = voidbus("stop", "--runs", "leave", "--deadline", 7)
+        thread.join()
+        assert result.code == 0
+        lines = result.out.splitlines()
+        assert lines[0].startswith(f"supervisor (process {process.pid}) stopped in ")
+        assert sorted(lines[1:]) == [
+            "run-a finished",
+            "run-b goes on; the next supervisor adopts it",
+        ]
+        asked = supervisor.wait_for(StopSupervisor)
+        assert isinstance(asked, StopSupervisor)
+        assert (asked.runs, asked.deadline) == ("leave", 7.0)
+
+
+def test_a_supervisor_that_does_not_stop_is_named_after_the_deadline(
+    state: Path, voidbus: Voidbus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("voidbus.cli.stop._BEYOND", 0.1)
+    with (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,
+        FakeSupervisor(state, pid=process.pid),
+    ):
+        result = voidbus("stop", "--deadline", 0.1)
+        process.communicate(b"\n")
+    assert result.code == 124
+    assert f"kill -KILL {process.pid}" in result.err

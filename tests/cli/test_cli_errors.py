@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,11 @@ def test_a_question_without_an_answer_times_out(
 def test_a_supervisor_that_ends_meanwhile_is_said_to_be_lost(
     voidbus: Voidbus, supervisor: FakeSupervisor
 ) -> None:
-    def die(delivery: object) -> None:
-        # On the hub's own thread, which can't wait for itself: the sockets close under the ask.
-        supervisor.hub._closing = True
-
-    supervisor.answers[ListRuns] = die
+    # Not on the hub's own thread, which can't wait for itself.
+    closing = threading.Thread(target=supervisor.hub.close)
+    supervisor.answers[ListRuns] = lambda delivery: closing.start()
     result = voidbus("ps")
+    closing.join()
     assert result.code == 3
     assert "the connection to the supervisor was lost" in result.err
 
@@ -188,3 +188,23 @@ def test_a_process_that_has_ended_has_no_start_time() -> None:
     assert process_start_time(process.pid) == 0  # a zombie
     process.wait()
     assert process_start_time(process.pid) == 0
+
+
+@pytest.mark.parametrize("module", ["click", "zmq", "pydantic", "voidbus.transport.leaf"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(
+    supervisor: FakeSupervisor, module: str
+) -> None:
+    program = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from voidbus.cli.main import main
+sys.exit(main(["ps"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "voidbus: interrupted\n")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import VOIDBUS, Served, clean_environment, workflow
+from served import VOIDBUS, Served, workflow
 from terminal import CTRL_C, Terminal
-
-from voidbus.cli.state import find_supervisor
 
 # A program that says it runs and then waits to be ended.
 WAITS = "echo ready; exec sleep 60"
@@ -34,12 +33,17 @@ def on_terminal(served: Served, *arguments: object) -> Terminal:
 def test_run_on_a_terminal_shows_progress_in_place_and_then_the_result(
     served: Served, tmp_path: Path
 ) -> None:
-    spec = workflow(tmp_path / "a.json", "echo one; echo two >&2; echo three")
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    spec = workflow(tmp_path / "a.json", f"echo one; echo two >&2; cat {gate}")
     with on_terminal(served, "run", spec, "--run-id", "live") as terminal:
-        terminal.wait_for("greet.*running|greet.*succeeded")
+        terminal.wait_for("greet.*running")
+        terminal.wait_for("greet[|] two")
+        gate.write_text("three\n")
+        terminal.wait_for("greet.*succeeded")
         terminal.wait_for("live.*succeeded.* in ")
         terminal.wait_for("tokens in")
-        terminal.wait_for("one\r\n")
+        terminal.wait_for("one\r\nthree\r\n")
         assert terminal.end() == 0
     assert served.states()["live"] == "succeeded"
 
@@ -71,7 +75,8 @@ def test_the_first_ctrl_c_cancels_the_run_and_waits_for_its_end(
 
 def test_a_second_ctrl_c_leaves_at_once(served: Served, tmp_path: Path) -> None:
     spec = workflow(tmp_path / "a.json", DEAF)
-    with on_terminal(served, "run", spec, "--run-id", "deaf") as terminal:
+    policy = "cancel_grace_period_secs=2"
+    with on_terminal(served, "run", spec, "--run-id", "deaf", "--policy", policy) as terminal:
         terminal.wait_for("ready")
         terminal.type(CTRL_C)
         terminal.wait_for("cancelling deaf")
@@ -169,7 +174,7 @@ def test_a_shell_completes_commands_and_run_ids(served: Served, tmp_path: Path) 
         shell.type(b"zeb\t")
         shell.wait_for("zebra-1 ")
         shell.type(b'--json | grep -c \'"id": "zebra-1"\'\n')
-        shell.wait_for("\n1\r\n")
+        shell.wait_for("[\r\n]1\r\n")
         shell.type(b"exit\n")
         assert shell.end() == 0
 
@@ -178,92 +183,41 @@ def test_a_follower_outlives_a_crash_of_the_supervisor(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     spec = workflow(tmp_path / "a.json", f"echo ready; cat {gate}; echo done")
-    with Served(tmp_path / "state") as served:
-        with on_terminal(served, "run", spec, "--run-id", "adopted") as terminal:
-            terminal.wait_for("ready")
-            served.crash()
-            terminal.wait_for("lost the supervisor; waiting up to 30 s")
-            served.start_again()
-            terminal.wait_for("the supervisor is back")
-            gate.write_text("open\n")
-            terminal.wait_for("adopted.*succeeded.* in ")
-            terminal.wait_for("ready\r\nopen\r\ndone\r\n")
-            assert terminal.end() == 0
-
-
-def test_run_starts_a_supervisor_for_itself_and_stops_it(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    spec = workflow(tmp_path / "a.json", "echo alone")
-    with Terminal([*VOIDBUS, "run", str(spec)], clean_environment(state)) as terminal:
-        terminal.wait_for(r"started a supervisor for this run \(process ")
-        terminal.wait_for("alone\r\n")
-        assert terminal.end() == 0
-    assert find_supervisor(state) is None
-    assert not (state / "supervisor.json").exists()
-
-
-def test_ctrl_c_cancels_on_an_own_supervisor_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    spec = workflow(tmp_path / "a.json", WAITS)
-    with Terminal([*VOIDBUS, "run", str(spec)], clean_environment(state)) as terminal:
+    with (
+        Served(tmp_path / "state") as served,
+        on_terminal(served, "run", spec, "--run-id", "adopted") as terminal,
+    ):
         terminal.wait_for("ready")
-        record = find_supervisor(state)
-        assert record is not None
-        terminal.type(CTRL_C)
-        terminal.wait_for("cancelled")
-        assert terminal.end() == 130
-    assert not record.alive
+        served.crash()
+        terminal.wait_for("lost the supervisor; waiting up to 30 s")
+        served.start_again()
+        terminal.wait_for("the supervisor is back")
+        gate.write_text("open\n")
+        terminal.wait_for("adopted.*succeeded.* in ")
+        terminal.wait_for("ready\r\nopen\r\ndone\r\n")
+        assert terminal.end() == 0
 
 
-def test_a_detached_run_keeps_its_supervisor_until_it_is_stopped(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    environ = clean_environment(state)
+def test_a_run_is_cancelled_when_its_terminal_goes_away(served: Served, tmp_path: Path) -> None:
     spec = workflow(tmp_path / "a.json", WAITS)
-
-    def voidbus(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*VOIDBUS, *arguments],
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=40,
-            check=False,
-        )
-
-    started = voidbus("run", str(spec), "--detach", "--run-id", "kept")
-    assert (started.returncode, started.stdout) == (0, "kept\n")
-    assert f"voidbus stop --state-dir {state}" in started.stderr
-    record = find_supervisor(state)
-    assert record is not None
-    try:
-        assert json.loads(voidbus("inspect", "kept", "--json").stdout)["file"] == str(spec)
-        stopped = voidbus("stop", "--runs", "cancel", "--deadline", "5")
-        assert stopped.returncode == 0, stopped
-        assert f"supervisor (process {record.pid}) stopped" in stopped.stdout
-        assert "kept cancelled\n" in stopped.stdout
-        assert not record.alive
-        assert voidbus("ps").returncode == 3
-    finally:
-        if record.alive:
-            os.kill(record.pid, 9)
+    with on_terminal(served, "run", spec, "--run-id", "hung-up") as terminal:
+        terminal.wait_for("ready")
+        terminal.process.send_signal(signal.SIGHUP)
+        terminal.wait_for("hung-up.*cancelled")
+        assert terminal.end() == 130
 
 
-def test_a_supervisor_that_cannot_start_is_explained_by_its_own_words(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    spec = workflow(tmp_path / "a.json", "true")
-    environ = clean_environment(state) | {"VOIDBUS_LOG_LEVEL": "loud"}
-    done = subprocess.run(
-        [*VOIDBUS, "run", str(spec)],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=40,
-        check=False,
-    )
-    assert done.returncode == 3
-    assert "VOIDBUS_LOG_LEVEL" in done.stderr
-    assert str(state / "supervisor.log") in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_run_under_nohup_is_not_cancelled_by_the_terminal(served: Served, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    spec = workflow(tmp_path / "a.json", f"echo ready; cat {gate}")
+    command = ["sh", "-c", f"trap '' HUP; exec {' '.join(VOIDBUS)} run {spec}"]
+    with Terminal(command, served.environ) as terminal:
+        terminal.wait_for("ready")
+        terminal.process.send_signal(signal.SIGHUP)
+        gate.write_text("open\n")
+        terminal.wait_for("succeeded.* in ")
+        assert terminal.end() == 0
 
 
 def test_ps_imports_only_what_it_needs(served: Served) -> None:
@@ -283,3 +237,55 @@ def test_ps_imports_only_what_it_needs(served: Served) -> None:
     )
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == ""
+
+
+def agent(path: Path, **environ: str) -> Path:
+    """A specification of the stand-in agent, which can send messages."""
+    path.write_text(
+        json.dumps(
+            {
+                "api_version": "v1",
+                "kind": "agent",
+                "name": "scout",
+                "sandbox": {"mode": "mock", "env": environ},
+                "agent": {
+                    "prompt": "look around",
+                    "output_file": "/workspace/output.json",
+                    "messaging": {"enabled": True},
+                },
+            }
+        )
+    )
+    return path
+
+
+def test_operators_write_to_a_live_agents_inbox(served: Served, tmp_path: Path) -> None:
+    spec = agent(tmp_path / "a.json", CLAUDIO_TURNS="2", CLAUDIO_DELAY_MS="30000")
+    with on_terminal(served, "run", spec, "--run-id", "talk") as terminal:
+        terminal.wait_for("scout.*running")
+        inbox = tmp_path / "inbox.json"
+        inbox.write_text(
+            json.dumps({"execution_id": "e", "candidate_id": "c", "iteration": 1, "entries": []})
+        )
+        put = served.voidbus("inbox", "put", "talk", inbox, "--json")
+        assert put.returncode == 0, put
+        version = json.loads(put.stdout)["inbox_version"]
+        sent = served.voidbus("message", "talk", "--kind", "signal", "--summary", "hi", "--json")
+        assert sent.returncode == 0, sent
+        assert json.loads(sent.stdout)["inbox_version"] == version + 1
+        seen = json.loads(served.voidbus("inspect", "talk", "--json").stdout)
+        assert seen["sidecar"]["inbox_version"] == version + 1
+        assert served.voidbus("cancel", "talk", "--grace", "0").returncode == 0
+        assert terminal.end() == 5
+
+
+def test_intents_are_there_after_the_run_until_they_are_drained(
+    served: Served, tmp_path: Path
+) -> None:
+    spec = agent(tmp_path / "a.json", CLAUDIO_INTENTS="2", CLAUDIO_DELAY_MS="1")
+    assert served.voidbus("run", spec, "--run-id", "sender").returncode == 0
+    kept = json.loads(served.voidbus("intents", "sender", "--json").stdout)["intents"]
+    assert len(kept) == 2
+    drained = json.loads(served.voidbus("intents", "sender", "--drain", "--json").stdout)
+    assert drained["intents"] == kept
+    assert served.voidbus("intents", "sender").stderr == "no intents\n"

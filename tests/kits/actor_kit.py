@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import sys
 import threading
@@ -9,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+from voidbus.actors.runtime.actor import Actor, Place, handles
 from voidbus.actors.runtime.system import System
 from voidbus.transport.access import inproc_endpoints
 from voidbus.transport.delivery import Ask, Delivery
@@ -113,6 +115,16 @@ def ask(
     return system.node.ask(f"here/{path}", message, timeout=timeout, sender="client", key=key)
 
 
+def post(actor: Actor, *calls: Callable[[], object]) -> None:
+    """Run these in the actor's thread, one after the other."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    actor.post(run)
+
+
 def reply(question: Ask, kind: type[M]) -> M:
     """The reply, which must be of this kind."""
     outcome = question.wait()
@@ -164,3 +176,49 @@ class Log:
         with self._changed:
             there = self._changed.wait_for(lambda: len(self.lines) >= number, PATIENCE)
         assert there, f"{number} lines expected, there are {self.lines}"
+
+
+class Echo(Actor):
+    """Answers what is said; crashes as told."""
+
+    mailbox_limit = 32
+
+    @handles(Say)
+    def on_say(self, message: Say, delivery: Delivery) -> object:
+        return Answer(word=message.word)
+
+    @handles(Crash)
+    def on_crash(self, message: Crash, delivery: Delivery) -> None:
+        raise getattr(builtins, message.kind)("boom")
+
+
+class Gate(Actor):
+    """Blocks in its handler of Crash until it is let go; logs what it handles."""
+
+    mailbox_limit = 32
+    control: ClassVar[frozenset[type[Message]]] = frozenset({Urgent})
+
+    def __init__(self, place: Place, log: Log) -> None:
+        super().__init__(place)
+        self.log = log
+        self.blocked = threading.Event()
+        self.let_go = threading.Event()
+
+    @handles(Crash)
+    def on_block(self, message: Crash, delivery: Delivery) -> None:
+        self.blocked.set()
+        assert self.let_go.wait(PATIENCE)
+
+    @handles(Say, Urgent, Change)
+    def on_other(self, message: Say | Urgent, delivery: Delivery) -> None:
+        self.log.add(f"{type(message).__name__} {getattr(message, 'number', '')}".strip())
+
+    def on_stop(self) -> None:
+        self.log.add("stopped")
+
+
+def blocked_gate(system: System, log: Log) -> Gate:
+    gate = system.start(Gate, "gate", log)
+    system.node.tell("here/gate", Crash())
+    assert gate.blocked.wait(PATIENCE)
+    return gate

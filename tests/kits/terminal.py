@@ -55,12 +55,12 @@ class Terminal:
     def type(self, data: bytes) -> None:
         os.write(self._master, data)
 
-    def wait_for(self, pattern: str, timeout: float = 15.0) -> None:
+    def wait_for(self, pattern: str, timeout: float = 25.0) -> None:
         """Wait until what was printed since the last `wait_for` matches, and pass over it."""
         deadline = time.monotonic() + timeout
         while (found := re.search(pattern.encode(), self.seen)) is None:
             if not self._read(deadline):
-                raise AssertionError(f"no {pattern!r} in {self.seen.decode(errors='replace')!r}")
+                raise AssertionError(f"no {pattern!r}; what came last: {self.seen[-1500:]!r}")
         self.seen = self.seen[found.end() :]
 
     def end(self, timeout: float = 20.0) -> int:

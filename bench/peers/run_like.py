@@ -1,0 +1,119 @@
+"""A process like a run's: one leaf on the supervisor's work endpoint, with an actor that answers.
+
+`run_like.py URL TOKEN`, started by `RunLike`; it ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Self
+
+from voidbus.actors.runtime.actor import Actor, Place, handles
+from voidbus.actors.runtime.system import System
+from voidbus.transport.access import ipc_endpoints, secure_directory
+from voidbus.transport.delivery import Delivery
+from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.leaf import Leaf
+from voidbus.transport.message import Message, Right
+
+NODE = "run-bench"
+GENERATION = 1
+_PATIENCE = 20.0
+
+
+class Note(Message, tag="bench.note"):
+    text: str
+
+
+class Work(Message, tag="bench.work"):
+    """Takes the receiver a millisecond."""
+
+    text: str
+
+
+class Tally(Message, tag="bench.tally"):
+    """How much work was handled?"""
+
+
+class Tallied(Message, tag="bench.tallied"):
+    handled: int
+
+
+class Echo(Actor):
+    mailbox_limit = 2_000
+
+    @handles(Note)
+    def on_note(self, message: Note, delivery: Delivery) -> Note:
+        return message
+
+
+class Worker(Actor):
+    """A receiver that is slow; asked for its tally past what waits."""
+
+    mailbox_limit = 1_000
+    control = frozenset({Tally})
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.done = 0
+        self._pause = threading.Event()
+
+    @handles(Work)
+    def on_work(self, message: Work, delivery: Delivery) -> None:
+        self._pause.wait(0.001)
+        self.done += 1
+
+    @handles(Tally)
+    def on_tally(self, message: Tally, delivery: Delivery) -> Tallied:
+        return Tallied(handled=self.done)
+
+
+class RunLike:
+    """The hub here and the process there, linked. A context manager."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="vb-")
+        endpoints = ipc_endpoints(secure_directory(Path(self._folder.name) / "bus"))
+        joined = threading.Event()
+        self.hub = Hub("supervisor", endpoints, on_join=lambda _: joined.set())
+        self.hub.expect(NODE, token_digest("bench"), GENERATION)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, endpoints.rights[Right.WORK], "bench"],
+            stdin=subprocess.PIPE,
+        )
+        if not joined.wait(_PATIENCE):
+            self.close()
+            raise TimeoutError("the run-like process did not join")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.process.communicate(timeout=_PATIENCE)
+        self.hub.close()
+        self._folder.cleanup()
+
+
+def main() -> None:
+    url, token = sys.argv[1:]
+    leaf = Leaf(NODE, url, token=token, generation=GENERATION)
+    system = System(leaf)
+    system.start(Echo, "echo")
+    system.start(Worker, "worker")
+    sys.stdin.buffer.read()
+    system.stop(5.0)
+    leaf.close()
+
+
+if __name__ == "__main__":
+    # The messages are those the bench imports, not a second set of `__main__`.
+    from run_like import main as run
+
+    run()

@@ -1,0 +1,95 @@
+"""`voidbus doctor`: every problem comes with its remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_supervisor import FakeSupervisor
+
+from voidbus.cli.checks import Check, examine
+
+Voidbus = Callable[..., Any]
+
+
+def found(state: Path, name: str) -> Check:
+    return next(check for check in examine(state) if check.name == name)
+
+
+def test_a_sound_host_exits_with_0_and_changes_nothing(voidbus: Voidbus, state: Path) -> None:
+    result = voidbus("doctor")
+    assert result.code == 0, result.out
+    assert f"{state} (will be made)" in result.out
+    assert f"voidbus serve --state-dir {state}" in result.out
+    assert "works, without isolation" in result.out
+    assert not state.exists()
+
+
+def test_json_has_every_check(voidbus: Voidbus, state: Path) -> None:
+    document = json.loads(voidbus("doctor", "--json").out)
+    assert document["ok"] is True
+    names = [check["name"] for check in document["checks"]]
+    assert names == [
+        *("kernel", "python", "zeromq", "pidfd", "open files", "state directory", "sockets"),
+        *("disk space", "supervisor", "machine process", "machine kvm", "machine qemu"),
+    ]
+    assert set(document["checks"][0]) == {"name", "status", "detail", "remedy"}
+
+
+def test_a_running_supervisor_is_asked(voidbus: Voidbus, supervisor: FakeSupervisor) -> None:
+    assert f"process {os.getpid()}, version 0.1.0" in voidbus("doctor").out
+
+
+def test_a_state_directory_that_is_a_file_is_a_problem(voidbus: Voidbus, state: Path) -> None:
+    state.write_text("")
+    result = voidbus("doctor")
+    assert result.code == 1
+    assert f"{state} is not a directory" in result.out
+    assert "choose another with --state-dir" in result.out
+
+
+def test_a_state_directory_others_can_write_to_is_a_problem(state: Path) -> None:
+    state.mkdir()
+    state.chmod(0o777)
+    check = found(state, "state directory")
+    assert (check.status, check.remedy) == ("problem", f"chmod go-w {state}")
+
+
+def test_a_state_directory_too_long_for_sockets_is_noted_with_their_place(tmp_path: Path) -> None:
+    check = found(tmp_path / ("long" * 30), "sockets")
+    assert check.status == "note"
+    assert "/tmp/voidbus-" in check.detail
+
+
+def test_a_full_disk_is_a_problem(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1024)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    check = found(state, "disk space")
+    assert check.status == "problem"
+    assert "1.0KiB free" in check.detail
+    assert check.remedy
+
+
+def test_what_a_check_cannot_look_at_is_a_problem_and_not_a_crash(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert found(state, "disk space").status == "problem"
+
+
+def test_an_old_kernel_is_a_problem_with_a_remedy(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "5.3.18-generic")
+    assert found(state, "kernel").status == "problem"
+    monkeypatch.setattr(platform, "release", lambda: "6.1-rc1+")
+    assert found(state, "kernel").status == "ok"
