@@ -317,9 +317,15 @@ class Actor(pykka.ThreadingActor):
         if not isinstance(item, Delivery):
             item()
         elif item.expired:
-            item.fail(FaultReason.EXPIRED, "its deadline passed in the mailbox")
+            self._drop(item, FaultReason.EXPIRED, "its deadline passed in the mailbox")
         else:
             self._handle(item)
+
+    def _drop(self, delivery: Delivery, reason: FaultReason, detail: str) -> None:
+        """Fail an ask; a tell, of which nobody would hear, is at least counted."""
+        if not delivery.wants_reply:
+            self.system.node.counters[f"fault_{reason.value}"] += 1
+        delivery.fail(reason, detail)
 
     def _handle(self, delivery: Delivery) -> None:
         message = delivery.message
@@ -401,7 +407,7 @@ class Actor(pykka.ThreadingActor):
 
     def _turn_away(self, item: Item) -> None:
         if isinstance(item, Delivery):
-            item.fail(FaultReason.MAILBOX_CLOSED, f"{self.path} stopped before handling it")
+            self._drop(item, FaultReason.MAILBOX_CLOSED, f"{self.path} stopped before handling it")
         elif isinstance(item, Waited):
             item.refuse(FaultReason.MAILBOX_CLOSED)
 

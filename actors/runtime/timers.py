@@ -55,6 +55,8 @@ class TimerQueue:
         What the timers set anew waits for the next call, however soon it is due: a timer that
         sets itself again at once leaves the messages their turn.
         """
+        if not self._heap:
+            return None
         now, last = self._clock(), self._number
         late: list[tuple[float, int, Timer]] = []
         try:

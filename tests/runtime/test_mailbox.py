@@ -32,8 +32,7 @@ def test_a_mailbox_has_no_room_for_less_than_one() -> None:
 
 
 def test_items_of_a_lane_keep_their_order_and_control_overtakes_data() -> None:
-    mailbox, seen = Mailbox(8, Overflow.REFUSE), []
-    seen: list[int]
+    mailbox, seen = Mailbox(8, Overflow.REFUSE), list[int]()
     for number in (1, 2, 3):
         mailbox.put(note(seen, number))
     for number in (10, 11):
@@ -270,7 +269,7 @@ def test_many_producers_lose_nothing_and_keep_their_own_order() -> None:
 
 
 def test_every_item_put_while_it_closes_is_refused_or_given_back() -> None:
-    for _ in range(200):
+    for _ in range(80):
         mailbox = Mailbox(100_000, Overflow.REFUSE)
         taken = [0, 0, 0]
 
