@@ -150,6 +150,7 @@ class Runs(Supervisor):
         for state, process in outcome.runs:
             self._adopt(state, process)
         self._loaded = True
+        self._hub.open_work()
         early, self._early = self._early, []
         for message, delivery in early:
             self._begin(message, delivery)

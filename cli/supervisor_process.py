@@ -129,7 +129,9 @@ class _Tree:
         warming = threading.Thread(target=spawner.start, name="zygote-start", daemon=True)
         warming.start()
         self._stack.callback(warming.join, 10.0)
-        self._hub = Hub(HUB_NAME, ipc_endpoints(self._sockets), on_join=self._joined)
+        self._hub = Hub(
+            HUB_NAME, ipc_endpoints(self._sockets), on_join=self._joined, hold_work=True
+        )
         self._stack.callback(self._hub.close)
         system = System(self._hub)
         self._stack.callback(system.stop, 10.0)

@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
-from zmq.utils.monitor import parse_monitor_message
 
 from voidbus.transport.access import Endpoints
 from voidbus.transport.address import valid_node
@@ -32,6 +32,7 @@ from voidbus.transport.envelope import (
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.node import Node, Subscription
+from voidbus.transport.topics import TopicSequencer
 
 # Links a hub keeps at once, and asks it forwards at once.
 LINKS_LIMIT = 8192
@@ -89,7 +90,11 @@ class _Forwarded:
 
 
 class Hub(Node):
-    """The node in the middle. `on_join(hello)` and `on_leave(node)` run on its thread."""
+    """The node in the middle. `on_join(hello)` and `on_leave(node)` run on its thread.
+
+    With `hold_work`, nodes on the work endpoint that are not expected get no answer until
+    `open_work`: whom to expect is yet to be read, and a refusal would be for good.
+    """
 
     def __init__(
         self,
@@ -104,6 +109,7 @@ class Hub(Node):
         asks_limit: int = 100_000,
         high_water: int = 10_000,
         link_timeout: float = 90.0,
+        hold_work: bool = False,
     ) -> None:
         super().__init__(
             name,
@@ -114,6 +120,8 @@ class Hub(Node):
         )
         self.endpoints = endpoints
         self.addresses: dict[Right, str] = {}
+        self._work_is_open = not hold_work
+        self._sent = TopicSequencer()
         self.topics_address = ""
         self._on_join = on_join
         self._on_leave = on_leave
@@ -136,22 +144,26 @@ class Hub(Node):
         try:
             self._bind()
         except BaseException:
-            self._shut()
+            self.close_sockets()
             super().close()
             raise
-        self._start()
+        self._loop.start()
 
     # -- what the supervisor calls ---------------------------------------------------------
 
     def expect(self, node: str, digest: bytes, generation: int) -> None:
         """Let `node` join by the work endpoint, from now on only with this generation."""
         self._expected[node] = ExpectedNode(digest, generation)
-        self._call(lambda: self._fence(node, generation))
+        self._loop.call(lambda: self._fence(node, generation))
+
+    def open_work(self) -> None:
+        """All nodes that may come are expected now; others are refused, for good."""
+        self._work_is_open = True
 
     def dismiss(self, node: str) -> None:
         """No longer let `node` in; asks that wait for it end now with `link_lost`."""
         self._expected.pop(node, None)
-        self._call(lambda: self._drop(node, FaultReason.LINK_LOST, "the node was dismissed"))
+        self._loop.call(lambda: self._drop(node, FaultReason.LINK_LOST, "the node was dismissed"))
 
     def joined(self, node: str) -> bool:
         """Whether `node` has a link now."""
@@ -201,40 +213,36 @@ class Hub(Node):
         bound = socket.getsockopt(zmq.LAST_ENDPOINT)
         return bound.rstrip(b"\0").decode() if isinstance(bound, bytes) else url
 
-    def _open(self) -> None:
+    def open_sockets(self) -> None:
         self._opened.set()
 
-    def _shut(self) -> None:
+    def close_sockets(self) -> None:
         for link in list(self._links.values()):
             self._send(link, Envelope(Kind.BYE, f"{link.node}/", f"{self.name}/"))
         for monitor, router in self._monitors.items():
             router.disable_monitor()
             monitor.close(linger=0)
-        for router in self._rights:
+        for router, right in self._rights.items():
+            if self.addresses.get(right, "").startswith("inproc:"):
+                router.unbind(self.addresses[right])  # closing frees the name only some time later
             router.close(linger=100)  # the BYEs leave; a peer that doesn't read them can't hold us
         self._xpub.close(linger=0)
         if self._authenticator is not None:
             self._authenticator.stop()
 
-    def _poll_set(self) -> list[tuple[zmq.Socket[bytes] | int, int]]:
-        sources: list[tuple[zmq.Socket[bytes] | int, int]] = [
-            (socket, zmq.POLLIN) for socket in (*self._rights, *self._monitors)
-        ]
-        sources.append((self._xpub, zmq.POLLIN))
-        sources.append((self._wake_fd, zmq.POLLIN))
-        return sources
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        return [*self._rights, *self._monitors, self._xpub]
 
     def _from_bus_time(self, moment: float) -> float:
         return moment
 
     # -- what comes in ---------------------------------------------------------------------
 
-    def _take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         if socket is self._xpub:
             self._take_subscription(frames[0])
             return
         if socket in self._monitors:
-            parse_monitor_message(frames)
             self._probe_at = self._probe_at or _monotonic() + _PROBE_DELAY
             return
         identity = frames[0]
@@ -280,6 +288,10 @@ class Hub(Node):
             return
         right = self._rights[socket]
         refusal = self._refusal(hello, right)
+        if refusal is not None and right is Right.WORK and not self._work_is_open:
+            # Whom to expect is still being read; it says hello again in a moment.
+            self.counters["early_hellos"] += 1
+            return
         if refusal is not None:
             self.counters["unauthorised"] += 1
             refused = Refused(detail=refusal)
@@ -299,7 +311,7 @@ class Hub(Node):
         welcome = Welcome(hub=self.name, instance=self.instance, now=now, boot=boot_identity())
         new = old is None or old.hello.instance != hello.instance
         if new and self._on_join is not None:
-            self.guard(self._on_join, hello)
+            self._loop.defer(partial(self._on_join, hello))
         self._send(link, _control(Kind.WELCOME, hello.node, self.name, welcome))
 
     def _refusal(self, hello: Hello, right: Right) -> str | None:
@@ -362,6 +374,8 @@ class Hub(Node):
             needed = message_type(envelope.tag, envelope.version).right
         except UnknownType:
             return None  # the receiver says so, and in better words
+        if needed is None:
+            return f"{envelope.tag} is sent inside a process only"
         if not link.right.allows(needed):
             return (
                 f"{envelope.tag} needs the {needed.name.lower()} endpoint; "
@@ -441,6 +455,10 @@ class Hub(Node):
             return
         self._send_topic(envelope)
 
+    def retire_topic(self, topic: str) -> None:
+        super().retire_topic(topic)
+        self._loop.call(lambda: self._sent.retire(topic))
+
     def _take_subscription(self, frame: bytes) -> None:
         if frame[:1] != b"\x01":
             return
@@ -448,17 +466,17 @@ class Hub(Node):
             self.counters["malformed"] += 1
             return
         prefix = frame[1:].decode(errors="replace")
-        with self._publish_lock:
-            topics = self._sequencer.matching(prefix)
-        for topic, last in topics:
+        # What has left, not what was numbered: a mark must not overtake what is still queued.
+        for topic, last in self._sent.matching(prefix):
             self._send_topic(_mark(topic, self.name, self.instance, last))
         # Last: whoever sees it publishes, and a mark read after that would hide what was lost.
         self._send_topic(_mark(prefix, self.name, self.instance, 0))
 
     # -- what goes out ---------------------------------------------------------------------
 
-    def _transmit(self, envelope: Envelope) -> None:
+    def transmit(self, envelope: Envelope) -> None:
         if envelope.kind is Kind.PUBLISH:
+            self._sent.note(envelope.dest, envelope.sequence)
             self._send_topic(envelope)
             return
         node = envelope.dest.partition("/")[0]
@@ -498,7 +516,7 @@ class Hub(Node):
         self, socket: zmq.Socket[bytes], identity: bytes, envelope: Envelope
     ) -> tuple[FaultReason, str] | None:
         try:
-            socket.send_multipart([identity, *envelope.frames()], zmq.NOBLOCK)
+            self._loop.send(socket, [identity, *envelope.frames()])
         except zmq.Again:
             self.counters["link_full"] += 1
             return FaultReason.OVERLOADED, "the link to the node is full"
@@ -513,7 +531,7 @@ class Hub(Node):
     def _send_topic(self, envelope: Envelope) -> None:
         self._publish_here(envelope)
         try:
-            self._xpub.send_multipart(envelope.frames(), zmq.NOBLOCK)
+            self._loop.send(self._xpub, envelope.frames())
         except (zmq.Again, FrameError):
             self.counters["publications_dropped"] += 1
 
@@ -530,7 +548,7 @@ class Hub(Node):
             if forwarded is not None and forwarded.kind is Kind.ASK:
                 self._fail_forward(identity, forwarded, reason, detail)
         if link is not None and self._on_leave is not None:
-            self.guard(self._on_leave, node)
+            self._loop.defer(partial(self._on_leave, node))
 
     def _fence(self, node: str, generation: int) -> None:
         link = self._links.get(node)

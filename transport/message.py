@@ -36,16 +36,16 @@ class Message(BaseModel):
     """Base of everything that travels on the bus.
 
     A subclass names its tag: `class ListRuns(Message, tag="runs.list", right=Right.OBSERVE)`.
-    `right` is what a link needs to send it from outside the node that handles it; a message with
-    no right stays inside supervisor and run processes (WORK). `changes` marks a command: its
-    receiver stores the reply and answers a repeat with it.
+    `right` is what a link needs to send it to a receiver; without one it is a reply, or is sent
+    inside a process only, and no link may bring it as a message of its own. `changes` marks a
+    command: its receiver stores the reply and answers a repeat with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_bytes="base64")
 
     tag: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    right: ClassVar[Right] = Right.WORK
+    right: ClassVar[Right | None] = None
     changes: ClassVar[bool] = False
 
     def __init_subclass__(
@@ -53,7 +53,7 @@ class Message(BaseModel):
         *,
         tag: str = "",
         version: int = 1,
-        right: Right = Right.WORK,
+        right: Right | None = None,
         changes: bool = False,
         **kwargs: Any,
     ) -> None:

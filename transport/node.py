@@ -6,18 +6,15 @@ the outbound queue and the thread that polls.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
 
 import zmq
 
@@ -26,6 +23,7 @@ from voidbus.transport.delivery import Ask, Delivery, PendingAsks, Receiver
 from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
+from voidbus.transport.socket_loop import SocketLoop
 from voidbus.transport.topics import (
     OnGap,
     OnPublication,
@@ -124,22 +122,14 @@ class Node(ABC):
         self._numbers = count(1)
         self._receivers: dict[str, Receiver] = {}
         self._asks = PendingAsks(asks_limit)
-        self._outbound: deque[Envelope] = deque()
-        self._outbound_bytes = 0
-        self._outbound_lock = threading.Lock()
-        self._queue_limit = queue_limit
-        self._queue_bytes = queue_bytes
-        self._calls: deque[Callable[[], None]] = deque()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._waking = False
-        self._wake_lock = threading.Lock()
-        self._closing = False
-        self._closed = False
+        self._loop = SocketLoop(
+            name, self, self.counters, queue_limit=queue_limit, queue_bytes=queue_bytes
+        )
+        self.guard = self._loop.guard
         self._close_lock = threading.Lock()
         self._sequencer = TopicSequencer()
         self._publish_lock = threading.Lock()
         self._subscriptions: list[Subscription] = []
-        self._thread = threading.Thread(target=self._run, name=f"bus-{name}", daemon=True)
 
     # -- what a user of the bus calls ------------------------------------------------------
 
@@ -176,7 +166,7 @@ class Node(ABC):
             on_end = partial(self.guard, on_end)
         if address.node == self.name:
             ask = Ask(address.path, deadline, on_end)
-            if self._closing:
+            if self._loop.closing:
                 self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
                 return ask
             if on_end is not None:
@@ -219,6 +209,8 @@ class Node(ABC):
         if must_wake is None:
             self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
             return ask
+        if must_wake:
+            self._loop.timers_changed()
         fault = self._submit(envelope)
         if fault is not None and self._asks.take(number):
             self._fail_ask(ask, *fault)
@@ -306,26 +298,18 @@ class Node(ABC):
         `on_gap` is the catch-up hook: it is told which numbers were lost, to fetch them elsewhere.
         """
         subscription = Subscription(self, prefix, on_publication, on_gap)
-        self._call(lambda: self._add_subscription(subscription))
+        self._loop.call(lambda: self._add_subscription(subscription))
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        self._call(lambda: self._remove_subscription(subscription))
+        self._loop.call(lambda: self._remove_subscription(subscription))
 
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, end every ask, close the sockets, join the thread. Idempotent."""
         with self._close_lock:
-            if self._closed:
+            if self._loop.closed:
                 return
-            self._closing = True
-            if self._thread.ident is not None:
-                self._wake()
-                self._thread.join(timeout)
-                if self._thread.is_alive():
-                    raise TimeoutError(f"node {self.name}: its thread did not end in {timeout} s")
-            with self._wake_lock:
-                self._closed = True
-                os.close(self._wake_fd)
+            self._loop.close(timeout)
             if self._owns_context:
                 self._context.term()
         for ask in self._asks.take_nodes(lambda _: True):
@@ -341,7 +325,7 @@ class Node(ABC):
             try:
                 reason = receiver.deliver(delivery)
             except Exception:  # noqa: BLE001 - not our code; logged, and it must not end the node
-                self._count_raised()
+                self._loop.count_raised()
                 reason = FaultReason.FAILED
         if reason is not None:
             self.counters[f"fault_{reason.value}"] += 1
@@ -361,20 +345,9 @@ class Node(ABC):
         if must_wake is None:
             self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
         elif must_wake:
-            self._wake()
-        if self._closed:  # nobody is left to look at deadlines
+            self._loop.timers_changed()
+        if self._loop.closed:  # nobody is left to look at deadlines
             self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
-
-    def guard(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Call what a user of the bus gave us. What it raises is logged, counted, and ends here."""
-        try:
-            callback(*arguments)
-        except Exception:  # noqa: BLE001 - not our code; logged, and it must not end the node
-            self._count_raised()
-
-    def _count_raised(self) -> None:
-        self.counters["callbacks_raised"] += 1
-        _log.exception("node %s: a callback raised", self.name)
 
     def _fail_ask(self, ask: Ask, reason: FaultReason, detail: str) -> None:
         if ask.end(Fault(reason=reason, detail=detail, address=ask.address)):
@@ -413,8 +386,11 @@ class Node(ABC):
             right=right,
             answer=answer,
         )
+        self._loop.defer(partial(self._hand_over, delivery, envelope))
+
+    def _hand_over(self, delivery: Delivery, envelope: Envelope) -> None:
         reason = self._deliver_here(delivery)
-        if reason is not None and answer is None:
+        if reason is not None and envelope.kind is Kind.TELL:
             self._return(envelope, reason, _DETAILS.get(reason, "it was not taken"), counted=True)
 
     def _send_answer(
@@ -468,7 +444,7 @@ class Node(ABC):
             self.counters["malformed"] += 1
             outcome = Fault(reason=FaultReason.INVALID, detail=str(error), address=envelope.sender)
         if ask is not None:
-            ask.end(outcome, envelope.attachments)
+            self._loop.defer(partial(ask.end, outcome, envelope.attachments))
         elif envelope.key == RETURNED_TELL and isinstance(outcome, Fault):
             self._take_returned_tell(envelope, outcome)
         else:
@@ -483,118 +459,28 @@ class Node(ABC):
             returned = Delivery(path, envelope.sender, fault, deadline=_monotonic() + 30.0)
             self.guard(receiver.deliver, returned)
 
-    # -- the outbound queue ----------------------------------------------------------------
+    # -- the way to the sockets ------------------------------------------------------------
 
     def _submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
-        """Queue an envelope for the node's thread; a reason where that can't be."""
-        size = envelope.size
+        """Send an envelope; a reason where it can't even leave."""
         long_fields = len(envelope.key) + len(envelope.trace) > _LONG_FIELDS
-        if size > BODY_LIMIT or envelope.attachments or long_fields:
+        if len(envelope.body) > BODY_LIMIT or envelope.attachments or long_fields:
             try:
                 envelope.frames()
             except FrameError as error:
                 return FaultReason.TOO_LARGE, str(error)
-        if self._closing:
-            return FaultReason.CLOSED, "this node was closed"
-        with self._outbound_lock:
-            has_room = (
-                len(self._outbound) < self._queue_limit
-                and self._outbound_bytes + size <= self._queue_bytes
-            )
-            if has_room:
-                self._outbound_bytes += size
-                self._outbound.append(envelope)
-        if not has_room:
-            self.counters["outbound_full"] += 1
-            return FaultReason.OVERLOADED, "this node's outbound queue is full"
-        if not self._waking:
-            self._wake()
-        return None
+        if envelope.kind is Kind.PUBLISH:
+            return self._loop.submit_in_turn(envelope)
+        return self._loop.submit(envelope)
 
-    def _call(self, function: Callable[[], None]) -> None:
-        """Run `function` on the node's thread."""
-        if self._closing:
-            return
-        self._calls.append(function)
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._wake_lock:
-            if not self._closed:
-                self._waking = True
-                os.eventfd_write(self._wake_fd, 1)
-
-    # -- the thread that owns the sockets --------------------------------------------------
-
-    def _start(self) -> None:
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._open()
-            with contextlib.suppress(zmq.error.ContextTerminated):
-                self._loop()
-        finally:
-            self._shut()
-
-    def _loop(self) -> None:
-        while True:
-            timeout = self._milliseconds_to(self._next_timer())
-            ready: list[tuple[Any, int]] = zmq.zmq_poll(self._poll_set(), timeout)
-            for source, _ in ready:
-                if isinstance(source, int):
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake_fd)
-                    # In this order: the other way round, a wake between the two would be read
-                    # away while the flag says it is still to come, and nobody would wake us again.
-                    self._waking = False
-                else:
-                    self._drain(source)
-            while self._calls:
-                self.guard(self._calls.popleft())
-            self._flush()
-            now = _monotonic()
-            for ask in self._asks.take_due(now):
-                self._fail_ask(ask, FaultReason.EXPIRED, "no reply before the deadline")
-            self._on_timer(now)
-            if self._closing and not self._outbound:
-                return
-
-    def _drain(self, socket: zmq.Socket[bytes]) -> None:
-        """Read up to a burst of messages from a socket."""
-        for _ in range(_BURST):
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                self._take_frames(socket, frames)
-            except zmq.error.ContextTerminated:
-                raise
-            except Exception:  # noqa: BLE001 - whatever a peer sent, the node lives on
-                self.counters["frames_raised"] += 1
-                _log.exception("node %s: could not handle a message", self.name)
-
-    def _flush(self) -> None:
-        sent = 0
-        for _ in range(len(self._outbound)):
-            envelope = self._outbound.popleft()
-            sent += envelope.size
-            self._transmit(envelope)
-        if sent:
-            with self._outbound_lock:
-                self._outbound_bytes -= sent
-
-    def _milliseconds_to(self, moment: float | None) -> int:
-        if self._closing:
-            return 0
-        if moment is None:
-            return -1
-        return min(max(0, int((moment - _monotonic()) * 1000) + 1), _LONGEST_SLEEP)
-
-    def _next_timer(self) -> float | None:
+    def next_timer(self) -> float | None:
         moments = [m for m in (self._asks.next_at(), self._timer_at()) if m is not None]
         return min(moments) if moments else None
+
+    def on_timer(self, now: float) -> None:
+        for ask in self._asks.take_due(now):
+            self._fail_ask(ask, FaultReason.EXPIRED, "no reply before the deadline")
+        self._on_timer(now)
 
     def _parse(self, frames: Sequence[bytes]) -> Envelope | None:
         try:
@@ -614,21 +500,22 @@ class Node(ABC):
     # -- what hub and leaf do differently --------------------------------------------------
 
     @abstractmethod
-    def _open(self) -> None:
+    def open_sockets(self) -> None:
         """Open the sockets, on the node's thread."""
 
     @abstractmethod
-    def _shut(self) -> None:
+    def close_sockets(self) -> None:
         """Close the sockets, in a fixed order, on the node's thread."""
 
     @abstractmethod
-    def _poll_set(self) -> list[tuple[zmq.Socket[bytes] | int, int]]: ...
+    def sockets(self) -> Sequence[zmq.Socket[bytes]]:
+        """The sockets to read."""
 
     @abstractmethod
-    def _take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None: ...
+    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None: ...
 
     @abstractmethod
-    def _transmit(self, envelope: Envelope) -> None: ...
+    def transmit(self, envelope: Envelope) -> None: ...
 
     @abstractmethod
     def _timer_at(self) -> float | None: ...

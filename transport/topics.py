@@ -10,7 +10,7 @@ from voidbus.transport.message import Message
 
 
 class TopicSequencer:
-    """The publisher's side: the next number of each topic, starting at 1. Not thread-safe."""
+    """The publisher's side: the numbers of each topic, starting at 1. Not thread-safe."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
@@ -22,6 +22,10 @@ class TopicSequencer:
 
     def last(self, topic: str) -> int:
         return self._last.get(topic, 0)
+
+    def note(self, topic: str, number: int) -> None:
+        """Publication `number` has been sent."""
+        self._last[topic] = number
 
     def matching(self, prefix: str) -> list[tuple[str, int]]:
         """Topics that a subscription to `prefix` covers, with their last numbers."""

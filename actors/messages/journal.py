@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from voidbus.actors.messages.runs import RunEvent, RunReport, RunState, RunStatus, StageState
 from voidbus.sidecar.model import Intent
-from voidbus.transport.message import Message
+from voidbus.transport.message import Message, Right
 
 
 class _Part(BaseModel):
@@ -61,7 +61,7 @@ class RecordProcess(Message, tag="journal.record_process"):
     process: ProcessRecord
 
 
-class AppendEvents(Message, tag="journal.append_events"):
+class AppendEvents(Message, tag="journal.append_events", right=Right.WORK):
     """Append events to a run, and with them its progress or its outcome, all or nothing.
 
     Events the journal has already are skipped, so a batch may be sent again. A batch that would

@@ -20,7 +20,7 @@ class PushMessage(Message, tag="sidecar.push_message", right=Right.OPERATE, chan
     entry: InboxEntry
 
 
-class ReadIntents(Message, tag="sidecar.read_intents", right=Right.OPERATE):
+class ReadIntents(Message, tag="sidecar.read_intents", right=Right.OPERATE, changes=True):
     """The intents a run's agent sent. With `drain` they are taken away; works after its end too."""
 
     run_id: str

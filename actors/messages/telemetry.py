@@ -58,7 +58,7 @@ class TelemetryPage(Message, tag="telemetry.page"):
     samples: tuple[Sample, ...]
 
 
-class GuestSamples(Message, tag="telemetry.guest_samples"):
+class GuestSamples(Message, tag="telemetry.guest_samples", right=Right.WORK):
     """A run process hands in what its guest reported: (milliseconds since the epoch, sample)."""
 
     run_id: str

@@ -37,7 +37,7 @@ class Change(Message, tag="kit.change", right=Right.OPERATE, changes=True):
     text: str = ""
 
 
-class Work(Message, tag="kit.work"):
+class Work(Message, tag="kit.work", right=Right.WORK):
     text: str = ""
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 from transport_kit import Answer, Bus, Change, Echo, Look, Mute, Signal, Work
 
+from voidbus.transport.access import ipc_endpoints, secure_directory
 from voidbus.transport.control import Hello
-from voidbus.transport.envelope import Envelope, Kind
+from voidbus.transport.envelope import Envelope, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
-from voidbus.transport.hub import token_digest
+from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
 
 
@@ -111,7 +114,7 @@ class Raw:
     def hello(self, node: str, instance: int, token: str = "raw") -> Kind:
         body = Hello(node=node, instance=instance, token=token).to_json()
         self.send(Envelope(Kind.HELLO, "hub/", f"{node}/", tag=Hello.tag, body=body))
-        return Kind(self.socket.recv_multipart()[1][3])
+        return read_envelope(self.socket.recv_multipart()).kind
 
     def ask(self, sender: str, dest: str, origin: int, sequence: int) -> None:
         self.send(
@@ -142,7 +145,7 @@ def test_a_forged_sender_or_origin_is_dropped_and_counted(ipc_bus: Bus, raw: Raw
     raw.ask("client-b/", "hub/echo", 7, 1)
     raw.ask("client-raw/", "hub/echo", 8, 2)
     raw.ask("client-raw/", "hub/echo", 7, 3)
-    assert Kind(raw.socket.recv_multipart()[1][3]) is Kind.REPLY
+    assert read_envelope(raw.socket.recv_multipart()).kind is Kind.REPLY
     assert len(echo.got) == 1
     assert ipc_bus.hub.counters["forged_sender"] == 2
 
@@ -153,7 +156,7 @@ def test_a_connection_keeps_its_one_name(ipc_bus: Bus, raw: Raw) -> None:
     body = Hello(node="client-two", instance=9).to_json()
     raw.send(Envelope(Kind.HELLO, "hub/", "client-two/", tag=Hello.tag, body=body))
     raw.ask("client-raw/", "hub/echo", 7, 1)
-    assert Kind(raw.socket.recv_multipart()[1][3]) is Kind.REPLY
+    assert read_envelope(raw.socket.recv_multipart()).kind is Kind.REPLY
     assert ipc_bus.hub.nodes == ["client-raw"]
 
 
@@ -182,23 +185,58 @@ def test_hostile_frames_are_counted_and_leave_the_hub_unharmed(ipc_bus: Bus, rig
     ipc_bus.hub.attach("echo", Echo())
     client = ipc_bus.leaf("client-a")
     raw = Raw(ipc_bus, right)
-    good = Envelope(Kind.ASK, "hub/echo", "x/", tag=Look.tag, body=b"{}", deadline=1e9).frames()
+    asked = Envelope(Kind.ASK, "hub/echo", "x/", tag=Look.tag, body=b"{}", deadline=1e9)
+    good = asked.frames()[0]
+    start = good.index(b"\0") + 1
     hostile = [
         [b""],
         [b"junk"] * 2,
         [b"\xff" * 10] * 3,
         [b"x"] * 5000,
-        [b"x" * 3000, *good[1:]],
-        [good[0], good[1][:10], good[2]],
-        [good[0], good[1][:2] + b"\x09" + good[1][3:], good[2]],
-        [good[0], good[1][:3] + b"\xee" + good[1][4:], good[2]],
-        [good[0], good[1], good[2], *[b""] * 17],
+        [b"x" * 3000 + good],
+        [good[: start + 10]],
+        [good[: start + 2] + b"\x09" + good[start + 3 :]],
+        [good[: start + 3] + b"\xee" + good[start + 4 :]],
+        [good, *[b""] * 17],
     ]
     for frames in hostile:
         raw.socket.send_multipart(frames)
     raw.send(Envelope(Kind.HELLO, "hub/", "x/", tag=Hello.tag, body=b"\xff{"))
     raw.send(Envelope(Kind.PING, "hub/", "x/"))  # answered: everything before it was read
-    assert Kind(raw.socket.recv_multipart()[1][3]) is Kind.UNKNOWN_LINK
+    assert read_envelope(raw.socket.recv_multipart()).kind is Kind.UNKNOWN_LINK
     raw.socket.close()
     assert ipc_bus.hub.counters["malformed"] == len(hostile) + 1
     assert client.ask("hub/echo", Look(text="x"), timeout=5).result() == Answer(text="x")
+
+
+class Private(Message, tag="test.private"):
+    """Has no right: sent inside a process only."""
+
+
+@pytest.mark.parametrize("right", list(Right))
+def test_no_link_may_send_what_is_private_to_a_process(ipc_bus: Bus, right: Right) -> None:
+    ipc_bus.hub.attach("echo", Echo())
+    name = "run-1" if right is Right.WORK else "client-a"
+    leaf = ipc_bus.leaf(name, right)
+    outcome = leaf.ask("hub/echo", Private(), timeout=5).wait()
+    assert isinstance(outcome, Fault)
+    assert outcome.reason is FaultReason.REFUSED
+
+
+def test_a_hub_that_is_still_reading_whom_to_expect_refuses_nobody(tmp_path: Path) -> None:
+    endpoints = ipc_endpoints(secure_directory(tmp_path / "bus"))
+    hub = Hub("hub", endpoints, hold_work=True)
+    leaf = Leaf("run-1", hub.addresses[Right.WORK], token="t", generation=3)
+    stranger = Leaf("run-2", hub.addresses[Right.WORK], token="t", generation=3)
+    try:
+        assert not leaf.wait_up(0.3)
+        assert leaf.refused == ""
+        hub.expect("run-1", token_digest("t"), 3)
+        hub.open_work()
+        assert leaf.wait_up(5)
+        assert not stranger.wait_up(5)
+        assert "not expected" in stranger.refused
+    finally:
+        leaf.close()
+        stranger.close()
+        hub.close()

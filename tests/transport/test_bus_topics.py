@@ -79,7 +79,7 @@ def test_a_slow_consumer_learns_exactly_what_it_lost(tmp_path: Path) -> None:
         for _ in range(2000):
             last = bus.hub.publish("t", Look(text=body))
         sent = Signal()
-        bus.hub._call(lambda: sent(True))  # after the queue was flushed once
+        bus.hub._loop.call(lambda: sent(True))  # after the queue was flushed once
         sent.wait(bool)
         go.set()
 
@@ -106,5 +106,22 @@ def test_a_slow_consumer_learns_exactly_what_it_lost(tmp_path: Path) -> None:
         assert not lost & numbers
         assert set(range(1, last + 1)) <= lost | numbers
         assert subscription.lost >= len(lost & set(range(1, last + 1)))
+    finally:
+        bus.close()
+
+
+def test_a_subscriber_that_comes_in_the_middle_costs_the_others_nothing(tmp_path: Path) -> None:
+    bus = Bus("ipc", tmp_path)
+    try:
+        steady, restless = bus.leaf("client-a"), bus.leaf("client-b")
+        got, gaps = Signal(), Signal()
+        assert steady.subscribe("t", got, gaps).wait_ready(5)
+        for number in range(3000):
+            if number % 100 == 0:
+                restless.subscribe("t", lambda _: None)
+            last = bus.hub.publish("t", Look(text="x"))
+        seen = got.wait(lambda seen: len(seen) == last, timeout=20)
+        assert [p.number for p in seen] == list(range(1, last + 1))
+        assert not gaps.seen
     finally:
         bus.close()
