@@ -19,6 +19,8 @@ log = logging.getLogger("voidbus.actors")
 # program costs fifty transactions a second and not five thousand.
 _GATHER_SECONDS = 0.02
 _BATCH_LIMIT = 500
+# A batch is one message, 4 MiB at most; an outcome's report may take 3 MiB of it.
+_BATCH_BYTES = 512 * 1024
 _RETRY_SECONDS = 0.5
 _ASK_TIMEOUT = 10.0
 
@@ -46,7 +48,11 @@ class JournalWriter:
         self._generation = generation
         self._journal = journal
         self._on_rejected = on_rejected
-        self._gathered: list[RunEvent] = []
+        # Batches that each fit in a message; the last one is being gathered.
+        self._batches: list[list[RunEvent]] = [[]]
+        self._bytes = 0
+        self._outcome: RunOutcome | None = None
+        self._retrying = False
         self._progress: RunProgress | None = None
         self._gathering = False
         self._sending = False
@@ -54,8 +60,14 @@ class JournalWriter:
         self._on_flushed: Callable[[], None] | None = None
 
     def add(self, event: RunEvent) -> None:
-        self._gathered.append(event)
-        if len(self._gathered) >= _BATCH_LIMIT:
+        size = len(event.model_dump_json())
+        full = self._bytes + size > _BATCH_BYTES or len(self._batches[-1]) >= _BATCH_LIMIT
+        if full and self._batches[-1]:
+            self._batches.append([])
+            self._bytes = 0
+        self._batches[-1].append(event)
+        self._bytes += size
+        if full and not self._retrying:
             self.commit()
         elif not self._gathering:
             self._gathering = True
@@ -69,28 +81,49 @@ class JournalWriter:
             self._actor.after(_GATHER_SECONDS, self.commit)
 
     def commit(self, outcome: RunOutcome | None = None) -> None:
-        """Spool what was gathered, and send."""
+        """Spool what was gathered, and send. An outcome goes with the newest event."""
         self._gathering = False
-        if self._closed or not (self._gathered or self._progress or outcome):
+        self._outcome = outcome or self._outcome
+        if self._closed:
             return
-        batch = AppendEvents(
-            run_id=self._run_id,
-            generation=self._generation,
-            events=tuple(self._gathered),
-            progress=self._progress,
-            outcome=outcome,
-        )
         try:
-            self._spool.add(batch)
+            while len(self._batches) > 1:
+                self._spool.add(self._batch(self._batches[0]))
+                del self._batches[0]
+            self._commit_newest()
         except OSError as error:
             # Nothing is lost yet: what was gathered is kept and tried again.
             log.error("run %s: cannot spool its events: %s", self._run_id, error)
-            self._gathering = True
-            self._actor.after(_RETRY_SECONDS, lambda: self.commit(outcome))
-            return
-        self._gathered = []
-        self._progress = None
+            self._retry()
         self._send()
+
+    def _commit_newest(self) -> None:
+        events = self._batches[0]
+        if self._outcome is not None and len(events) > 1:
+            self._spool.add(self._batch(events[:-1]))
+            del events[:-1]
+        if events or self._progress or self._outcome:
+            batch = self._batch(events)
+            self._spool.add(
+                batch.model_copy(update={"progress": self._progress, "outcome": self._outcome})
+            )
+            self._batches, self._bytes = [[]], 0
+            self._progress = self._outcome = None
+
+    def _batch(self, events: list[RunEvent]) -> AppendEvents:
+        return AppendEvents(run_id=self._run_id, generation=self._generation, events=tuple(events))
+
+    def _retry(self) -> None:
+        self._gathering = True
+        if self._retrying:
+            return
+        self._retrying = True
+
+        def again() -> None:
+            self._retrying = False
+            self.commit()
+
+        self._actor.after(_RETRY_SECONDS, again)
 
     def when_flushed(self, then: Callable[[], None]) -> None:
         """Call `then` when the journal has everything."""
@@ -136,6 +169,7 @@ class JournalWriter:
             self._actor.after(_RETRY_SECONDS, self._send)
 
     def _check_flushed(self) -> None:
-        if self._on_flushed is not None and not self._spool.waiting and not self._gathered:
+        gathered = self._batches[0] or self._outcome
+        if self._on_flushed is not None and not self._spool.waiting and not gathered:
             then, self._on_flushed = self._on_flushed, None
             then()

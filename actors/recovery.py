@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from voidbus.actors.event import EventMaker
 from voidbus.actors.leases import Leftovers, reap
 from voidbus.actors.messages.journal import AppendEvents, RunOutcome, RunProgress
 from voidbus.actors.messages.runs import RunState, RunStatus
-from voidbus.actors.run_process import LEASE_FILE, SPOOL_FILE
+from voidbus.actors.run_process import LEASE_FILE, LOG_FILE, SPOOL_FILE
 from voidbus.actors.spool import read_leftovers
 from voidbus.actors.stages import StageTable
 
@@ -32,12 +33,27 @@ def recover(
     run was cancelled, where that was asked for, or failed for `reason`. Blocks on the disk.
     """
     leftovers = reap(directory / LEASE_FILE, directory)
+    last_words = _last_line(directory / LOG_FILE)
+    if last_words:
+        reason = f"{reason}; its log ends: {last_words}"
     batches = read_leftovers(directory / SPOOL_FILE, state.id, state.last_seq)
     if not batches or batches[-1].outcome is None:
         batches.append(_ending(state, batches, leftovers, reason, cancel_reason))
     return Recovered(
         tuple(b.model_copy(update={"generation": state.generation}) for b in batches), leftovers
     )
+
+
+def _last_line(log: Path) -> str:
+    """What a run process wrote last, for the operator who asks why it ended."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip()[:500] for line in reversed(lines) if line.strip()), "")
 
 
 def remove_directory(directory: Path) -> None:

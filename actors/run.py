@@ -34,7 +34,7 @@ from voidbus.actors.messages.machine import (
 )
 from voidbus.actors.messages.run_process import CancelWork
 from voidbus.actors.messages.runs import RunStatus
-from voidbus.actors.run_log import RunLog
+from voidbus.actors.run_log import LOG_BYTES_LIMIT, RunLog
 from voidbus.actors.runtime.actor import Place, Timer, handles
 from voidbus.actors.runtime.policy import (
     ExitKind,
@@ -42,11 +42,19 @@ from voidbus.actors.runtime.policy import (
     StopAll,
     Strategy,
     SupervisorPolicy,
+    SupervisorStoppingError,
 )
 from voidbus.actors.runtime.supervisor import ChildSpec, Supervisor
 from voidbus.actors.sidecar import SidecarDesk
 from voidbus.actors.stages import StageTable
-from voidbus.actors.workloads.conductor import Command, Exit, Level, Verdict, Workload
+from voidbus.actors.workloads.conductor import (
+    ERROR_LIMIT,
+    Command,
+    Exit,
+    Level,
+    Verdict,
+    Workload,
+)
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import Fault
 from voidbus.transport.message import Message
@@ -93,7 +101,10 @@ class RunActor(Supervisor):
     """One run. `make_workload(conductor, sidecar_url)` is called when the machine answers."""
 
     mailbox_limit = 1024
-    control: ClassVar[frozenset[type[Message]]] = frozenset({CancelWork})
+    # The sidecar's notices are few, and must not be refused while output fills the mailbox.
+    control: ClassVar[frozenset[type[Message]]] = frozenset(
+        {CancelWork, SidecarReady, SidecarEventNoted}
+    )
 
     def __init__(
         self,
@@ -108,8 +119,12 @@ class RunActor(Supervisor):
         desk: SidecarDesk | None,
         default_grace: float,
         on_over: Callable[[], None],
+        log_limit: int = LOG_BYTES_LIMIT,
     ) -> None:
-        super().__init__(place, POLICY, children)
+        # The VM actor is started when everything it is given is there: the sidecar's address.
+        super().__init__(place, POLICY, tuple(c for c in children if c.name != VM_PATH))
+        self._vm = next(child for child in children if child.name == VM_PATH)
+        self._machine_asked = False
         self.run_id = events.run_id
         self._events = events
         self._make_workload = make_workload
@@ -124,7 +139,7 @@ class RunActor(Supervisor):
         self._machine: str | None = None
         self._linked = False
         self._stages = StageTable()
-        self._log = RunLog(self._log_line)
+        self._log = RunLog(self._log_line, self._log_cut, log_limit)
         self._exec_numbers = 0
         self._execs: dict[
             int, tuple[str, Callable[[str, bytes], None], Callable[[Exit], None]]
@@ -147,10 +162,15 @@ class RunActor(Supervisor):
 
     @handles(SidecarReady)
     def on_sidecar_ready(self, message: SidecarReady, delivery: Delivery) -> None:
-        if self._phase is Phase.STARTING and self._machine is None:
+        if self._phase is Phase.STARTING and not self._machine_asked:
             self._start_machine(message.address)
 
     def _start_machine(self, sidecar: tuple[str, int] | None) -> None:
+        self._machine_asked = True
+        try:
+            self.add_child(self._vm)
+        except SupervisorStoppingError:
+            return  # the sidecar failed too often meanwhile
         self._ask_vm(
             StartMachine(sidecar=sidecar, timeout=_BOOT_TIMEOUT),
             self._machine_started,
@@ -167,8 +187,11 @@ class RunActor(Supervisor):
         self._phase = Phase.WORKING
         self.emit("machine.started", f"machine {outcome.machine} is up")
         self._report_progress()
-        self._workload = self._make_workload(self, outcome.sidecar_url)
-        self._workload.begin()
+        try:
+            self._workload = self._make_workload(self, outcome.sidecar_url)
+            self._workload.begin()
+        except (OSError, ValueError) as error:  # a skill's file that can't be read
+            self._give_up(f"the run could not begin: {error}")
 
     # -- what the workload asks for (Conductor) --------------------------------------------
 
@@ -201,13 +224,15 @@ class RunActor(Supervisor):
 
     def log(self, stage: str, stream: str, data: bytes) -> None:
         """Record output of a stage."""
-        if self._log.add(stage, stream, data):
-            self.emit(
-                "log.cut",
-                "this run has printed more than its log may hold; what follows is not kept",
-                level="warn",
-                stage=stage,
-            )
+        self._log.add(stage, stream, data)
+
+    def _log_cut(self, stage: str) -> None:
+        self.emit(
+            "log.cut",
+            "this run has printed more than its log may hold; what follows is not kept",
+            level="warn",
+            stage=stage,
+        )
 
     def _log_line(self, stage: str, stream: str, line: str) -> None:
         self.emit("log.chunk", line, stage=stage, stream=stream, payload={"data": line})
@@ -267,7 +292,7 @@ class RunActor(Supervisor):
     @handles(ExecOutput)
     def on_exec_output(self, message: ExecOutput, delivery: Delivery) -> None:
         found = self._execs.get(message.number)
-        if found is not None and self._phase is Phase.WORKING:
+        if found is not None and self._phase in (Phase.WORKING, Phase.CANCELLING):
             found[1](message.stream, message.data)
 
     @handles(ExecEnded)
@@ -289,7 +314,7 @@ class RunActor(Supervisor):
 
     @handles(MachineEnded)
     def on_machine_ended(self, message: MachineEnded, delivery: Delivery) -> None:
-        console = f"; its last words: {message.console}" if message.console else ""
+        console = f"; its last words: {message.console.strip()}" if message.console else ""
         self._give_up(f"the machine ended: {message.reason}{console}")
 
     @handles(SidecarEventNoted)
@@ -313,6 +338,9 @@ class RunActor(Supervisor):
 
     def cancel(self, reason: str, grace: float | None) -> None:
         """Signal what runs, wait out the grace, stop the machine. For this actor's thread."""
+        if self._phase is Phase.CANCELLING and grace is not None and self._grace_timer is not None:
+            self._grace_timer.cancel()  # asked again, with less patience
+            self._grace_timer = self.after(grace, self._stop_children)
         if self._phase not in (Phase.STARTING, Phase.WORKING):
             return
         self._cancel_reason = reason
@@ -365,6 +393,8 @@ class RunActor(Supervisor):
 
     def all_stopped(self, detail: str) -> None:
         """The machine is gone: only now is the run over."""
+        if self._phase is Phase.FLUSHING:
+            return
         for stage in {stage for stage, _, _ in self._execs.values()}:
             self._log.flush(stage)
         self._phase = Phase.FLUSHING
@@ -381,20 +411,20 @@ class RunActor(Supervisor):
 
     def _cancelled(self) -> RunOutcome:
         reason = self._cancel_reason or "run marked cancelled"
-        for stage, state in self._workload.cancelled() if self._workload else []:
-            self._stages.cancel(self.emit, stage, state)
+        self._end_stages("run cancelled")
         self.emit("run.cancelled", f"run cancelled: {reason}", level="warn")
         return RunOutcome(status=RunStatus.CANCELLED, terminal_reason=reason)
 
     def _ended_by_itself(self) -> RunOutcome:
         verdict = self._verdict or Verdict(False, None, "the run stopped without a result")
+        error = (verdict.error or "execution reported unsuccessful result")[:ERROR_LIMIT]
+        self._end_stages(error)
         self.emit("log.closed", "stdout stream closed", stream="stdout")
         if verdict.success:
             self.emit("run.finished", "run completed")
             return RunOutcome(
                 status=RunStatus.SUCCEEDED, report=verdict.report, exit_code=verdict.exit_code
             )
-        error = verdict.error or "execution reported unsuccessful result"
         self.emit("run.failed", f"run failed: {error}", level="error")
         return RunOutcome(
             status=RunStatus.FAILED,
@@ -402,6 +432,11 @@ class RunActor(Supervisor):
             report=verdict.report,
             exit_code=verdict.exit_code,
         )
+
+    def _end_stages(self, error: str) -> None:
+        """End the stages that the end of the run interrupts."""
+        for stage, state in self._workload.cancelled() if self._workload else []:
+            self._stages.cancel(self.emit, stage, state, error=error)
 
     def on_stop(self) -> None:
         self._writer.close()

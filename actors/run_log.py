@@ -6,43 +6,53 @@ from collections.abc import Callable
 
 from voidbus.actors.workloads.conductor import LineSplitter
 
-# What one run may put into the journal as log lines. A program that prints for ever fills neither
-# the disk nor a follower's terminal; what is cut is counted.
-LOG_BYTES_LIMIT = 16 * 1024 * 1024
+# What one run's log lines may take up in the journal. A program that prints for ever fills neither
+# the disk nor a follower's terminal.
+LOG_BYTES_LIMIT = 32 * 1024 * 1024
 LINE_LIMIT = 8 * 1024
+# A line is an event: its text twice (message and payload) and these bytes of JSON.
+_EVENT_BYTES = 512
 
 EmitLine = Callable[[str, str, str], None]
 
 
 class RunLog:
-    """Splits output into lines for `emit(stage, stream, line)`."""
+    """Splits output into lines for `emit(stage, stream, line)`.
 
-    def __init__(self, emit: EmitLine, limit: int = LOG_BYTES_LIMIT) -> None:
+    `on_cut(stage)` is called once, at the first line that is over the budget; no line follows.
+    """
+
+    def __init__(
+        self, emit: EmitLine, on_cut: Callable[[str], None], limit: int = LOG_BYTES_LIMIT
+    ) -> None:
         self._emit = emit
+        self._on_cut = on_cut
         self._left = limit
         self._splitters: dict[tuple[str, str], LineSplitter] = {}
-        self.cut_bytes = 0
+        self.cut = False
 
-    def add(self, stage: str, stream: str, data: bytes) -> bool:
-        """Log some bytes. True when this is the first that is cut."""
-        cut_before = self.cut_bytes
+    def add(self, stage: str, stream: str, data: bytes) -> None:
+        """Log some bytes."""
+        if self.cut:
+            return
         splitter = self._splitters.setdefault((stage, stream), LineSplitter(LINE_LIMIT))
         for line in splitter.feed(data):
             self._line(stage, stream, line)
-        return not cut_before and self.cut_bytes > 0
 
     def flush(self, stage: str) -> None:
         """Log what came without an end of line."""
-        for (known, stream), splitter in self._splitters.items():
+        for known, stream in list(self._splitters):
             if known == stage:
-                for line in splitter.flush():
+                for line in self._splitters.pop((known, stream)).flush():
                     self._line(stage, stream, line)
 
     def _line(self, stage: str, stream: str, line: bytes) -> None:
-        cost = len(line) + 64
-        if cost > self._left:
-            self.cut_bytes += len(line)
+        if self.cut:
             return
-        self._left -= cost
+        self._left -= 2 * len(line) + _EVENT_BYTES
+        if self._left < 0:
+            self.cut = True
+            self._on_cut(stage)
+            return
         # A NUL in a line is legal text that no terminal and few databases like.
-        self._emit(stage, stream, line.decode(errors="replace").replace("\0", "�"))
+        self._emit(stage, stream, line.decode(errors="replace").replace("\0", "\ufffd"))

@@ -37,6 +37,7 @@ log = logging.getLogger("voidbus.run")
 
 SPOOL_FILE = "spool.jsonl"
 LEASE_FILE = "leases.jsonl"
+LOG_FILE = "process.log"
 MACHINE_FOLDER = "machine"
 ENTRY = "voidbus.actors.run_process:run"
 # What the zygote imports before it forks, so that every run process shares it.
@@ -121,6 +122,9 @@ class RunProcess:
 
     def close(self) -> None:
         """Stop what is left and free everything."""
+        if threading.current_thread() is threading.main_thread():
+            # Its handler takes a lock that stopping takes too.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._system.stop(_STOP_TIMEOUT)
         self._leaf.close()
         self._leases.close()

@@ -47,7 +47,7 @@ from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
 from voidbus.actors.messages.telemetry import TrackRun
 from voidbus.actors.recovery import recover
 from voidbus.actors.run import RUN_PATH
-from voidbus.actors.run_process import ENTRY
+from voidbus.actors.run_process import ENTRY, LOG_FILE
 from voidbus.actors.run_record import RunRecord, grace_of
 from voidbus.actors.runtime.actor import LATER, Place, Refuse, handles
 from voidbus.actors.runtime.exit_watcher import ExitWatcher
@@ -377,7 +377,7 @@ class Runs(Supervisor):
             return self._spawner.spawn(
                 ENTRY,
                 config.model_dump_json().encode(),
-                log_path=directory / "process.log",
+                log_path=directory / LOG_FILE,
                 title=f"voidbus-{run.run_id}"[:15],
                 record=record,
                 timeout=_SPAWN_TIMEOUT,
@@ -409,6 +409,9 @@ class Runs(Supervisor):
             return LATER
         if run.cancel_reason is None:
             self._cancel(run, message.reason or "run marked cancelled", message.grace)
+        elif message.grace is not None and message.grace < run.cancel_grace:
+            self._cancel(run, run.cancel_reason, message.grace)
+            self._send_cancel(run)
         return CancelAccepted(run_id=run.run_id, state=RunStatus.RUNNING)
 
     def _cancel(self, run: RunRecord, reason: str, grace: float | None) -> None:

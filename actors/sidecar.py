@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from voidbus.actors.messages.machine import SidecarEventNoted, SidecarReady
 from voidbus.actors.messages.sidecar import (
@@ -65,18 +66,15 @@ class SidecarActor(Actor):
         self._server = SidecarServer(
             desk.state, run_id=run_id, listen=desk.address, on_event=self._noted
         )
-        self._serving = False
 
     def on_start(self) -> None:
         address = self._server.start(5.0)
-        self._serving = True
         assert isinstance(address, tuple)
         self._desk.address = address
         self.tell(f"{self.system.node.name}/{self._owner}", SidecarReady(address=address))
 
     def on_stop(self) -> None:
-        if self._serving:
-            self._server.stop(5.0)
+        self._server.stop(5.0)
 
     @handles(PutInbox)
     def on_put_inbox(self, message: PutInbox, delivery: Delivery) -> SidecarState:
@@ -116,9 +114,17 @@ class SidecarActor(Actor):
         if event.kind in _NOTED:
             self.system.node.tell(
                 f"{self.system.node.name}/{self._owner}",
-                SidecarEventNoted(kind=event.kind, fields=event.fields),
+                SidecarEventNoted(kind=event.kind, fields=_flat(event.fields)),
                 sender=self.path,
             )
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, str | int | float | bool | None]:
+    """An address is a list; everything else is plain."""
+    return {
+        name: ":".join(str(part) for part in value) if isinstance(value, list) else value
+        for name, value in fields.items()
+    }
 
 
 @contextmanager

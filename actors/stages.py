@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 from voidbus.actors.messages.runs import RunEvent, StageState
@@ -20,7 +21,6 @@ class StageTable:
         self._states: dict[str, StageState] = dict(known or {})
         self._groups: dict[str, str | None] = {}
         self._started_ms: dict[str, int] = {}
-        self._now_ms = 0
 
     @property
     def active(self) -> int:
@@ -36,7 +36,6 @@ class StageTable:
 
     def observe(self, event: RunEvent) -> bool:
         """Take an event in. True where a stage changed."""
-        self._now_ms = event.ts_ms
         stage = event.stage_name
         if stage is None or not event.event_type.startswith("stage."):
             return False
@@ -58,6 +57,7 @@ class StageTable:
     ) -> None:
         """Emit the event that ends `stage`, which was `started` or only `queued`."""
         group = self._groups.get(stage)
+        now_ms = time.time_ns() // 1_000_000
         if state == "queued":
             emit(
                 "stage.skipped",
@@ -73,7 +73,7 @@ class StageTable:
             f"stage {stage} ended: {error}",
             level="error",
             payload={
-                "duration_ms": max(0, self._now_ms - self._started_ms.get(stage, self._now_ms)),
+                "duration_ms": max(0, now_ms - self._started_ms.get(stage, now_ms)),
                 "exit_code": -1,
                 "error": error,
                 "stage_attempt": 1,

@@ -91,9 +91,11 @@ class Telemetry(Actor):
             for sample in ring.samples
             if sample.seq > message.from_seq
             and (message.stage_name is None or sample.stage_name == message.stage_name)
-        )[:_PAGE_LIMIT]
+        )
+        page = samples[:_PAGE_LIMIT]
+        last = ring.last if len(page) == len(samples) else page[-1].seq
         return TelemetryPage(
-            run_id=message.run_id, next_seq=max(ring.last, message.from_seq), samples=samples
+            run_id=message.run_id, next_seq=max(last, message.from_seq), samples=page
         )
 
     def _tick(self) -> None:

@@ -30,13 +30,14 @@ from voidbus.actors.messages.machine import (
     WriteGuestFile,
 )
 from voidbus.actors.messages.telemetry import GuestSample, GuestSamples
-from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, handles
+from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, Timer, handles
 from voidbus.actors.runtime.process import ProcessIdentity
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import Message
 from voidbus.vm.channel import ExecCall, ExecHandle, ExecResult, GuestChannel
 from voidbus.vm.faults import ChannelFault
+from voidbus.vm.faults import FaultReason as ChannelFaultReason
 from voidbus.vm.guest.messages import TelemetryBatch
 from voidbus.vm.machine import Lease, Machine, MachineExit, MachineSpec, StopStep
 
@@ -46,6 +47,21 @@ log = logging.getLogger("voidbus.actors")
 _FILE_TIMEOUT = 30.0
 _FORWARD_TIMEOUT = 10.0
 _OUTPUT_TIMEOUT = 60.0
+# A piece of output handed on at once (bytes). Guests send 4096; a hostile one may send 64 MiB, and
+# the run actor's mailbox counts messages.
+_OUTPUT_PIECE = 64 * 1024
+# When the channel is lost or the machine ends, how long the other of the two is waited for, which
+# tells the reason or brings the last output (seconds).
+_END_SECONDS = 2.0
+# A program killed by a signal that was not sent from here may be the first sign that its machine
+# is going down; so long its end is held back, for the machine's to be told first (seconds).
+_SIGNAL_SECONDS = 0.5
+# Of the time this actor has to stop, what is kept for a machine that has to be killed (seconds).
+_KILL_RESERVE = 3.0
+# The longest limit of a program (seconds): poll(2) takes milliseconds of 31 bits. 0 is no limit.
+_LONGEST_LIMIT = 2_000_000
+# What is kept of the guest's own words in an error (characters).
+_WORDS_LIMIT = 2000
 # Guest samples are taken every second and handed in every five: a hundred idle runs then wake the
 # supervisor twenty times a second rather than a hundred.
 _SAMPLE_INTERVAL_MS = 1000
@@ -76,15 +92,21 @@ class VmActor(Actor):
         self._machine = machine(spec, on_exit=self._machine_exit, on_lease=self._lease)
         self._channel: GuestChannel | None = None
         self._execs: dict[int, ExecHandle] = {}
+        self._signalled: set[int] = set()
         self._samples: list[tuple[int, GuestSample]] = []
         self._stopping = False
+        self._end_reason: str | None = None
+        self._lost: str | None = None
+        self._end_timer: Timer | None = None
+        self._end_told = False
 
     def on_stop(self) -> None:
         self._machine.kill()
         self._machine.close()
 
     def on_stop_request(self, timeout: float) -> None:
-        self._stop_machine(timeout, lambda _: super(VmActor, self).on_stop_request(timeout))
+        grace = max(timeout / 2, timeout - _KILL_RESERVE)
+        self._stop_machine(grace, lambda _: super(VmActor, self).on_stop_request(timeout))
 
     # -- start and stop --------------------------------------------------------------------
 
@@ -101,10 +123,12 @@ class VmActor(Actor):
 
         def started(outcome: tuple[GuestChannel, str | None] | Exception) -> None:
             if isinstance(outcome, Exception):
-                delivery.fail(FaultReason.FAILED, str(outcome))
+                delivery.fail(FaultReason.FAILED, str(outcome)[: 2 * _WORDS_LIMIT])
                 return
             self._channel, url = outcome
             delivery.reply(MachineReady(machine=self._machine.name, sidecar_url=url))
+            if self._end_reason is not None:
+                self._look_for_end()
 
         self.work(start, started, name="start")
         return LATER
@@ -125,12 +149,31 @@ class VmActor(Actor):
         self.work(lambda: self._machine.stop(grace), stopped, name="stop")
 
     def _machine_exit(self, exit_: MachineExit) -> None:
-        def report() -> None:
-            if not self._stopping:
-                console = self._machine.console()[-2000:].decode(errors="replace")
-                self._report(MachineEnded(reason=exit_.reason, console=console))
+        """On a thread of the machine."""
 
-        self.post(report)
+        def ended() -> None:
+            self._end_reason = exit_.reason
+            self._look_for_end()
+
+        self.post(ended)
+
+    def _look_for_end(self) -> None:
+        """Tell of the machine's end once its last output is here and the reason is known."""
+        if self._stopping or self._end_told or self._channel is None:
+            return  # before there is a channel, the answer to StartMachine says it
+        if self._end_reason is not None and not self._execs:
+            self._tell_end()
+        elif self._end_timer is None:
+            self._end_timer = self.after(_END_SECONDS, self._tell_end)
+
+    def _tell_end(self) -> None:
+        if self._stopping or self._end_told:
+            return
+        self._end_told = True
+        reason = self._end_reason or f"its guest channel was lost: {self._lost}"
+        console = self._machine.console()[-_WORDS_LIMIT:].decode(errors="replace")
+        # Behind the output, and waiting for room: it must not be refused by a mailbox that is full.
+        self._pass_on(MachineEnded(reason=reason, console=console))
 
     def _lease(self, lease: Lease) -> None:
         if lease.pid is not None and lease.start_time is not None:
@@ -145,20 +188,13 @@ class VmActor(Actor):
         number = message.number
 
         def on_output(stream: str, data: bytes) -> None:
-            self._pass_on(ExecOutput(number=number, stream=stream, data=data))
+            for start in range(0, len(data), _OUTPUT_PIECE):
+                piece = data[start : start + _OUTPUT_PIECE]
+                self._pass_on(ExecOutput(number=number, stream=stream, data=piece))
 
         def on_done(outcome: ExecResult | ChannelFault) -> None:
-            self._execs.pop(number, None)
-            if isinstance(outcome, ChannelFault):
-                ended = ExecEnded(number=number, exit_code=-1, error=str(outcome), duration_ms=0)
-            else:
-                ended = ExecEnded(
-                    number=number,
-                    exit_code=outcome.exit_code,
-                    error=outcome.error,
-                    duration_ms=outcome.duration_ms or 0,
-                )
-            self._pass_on(ended)
+            # The run actor hears of it from this actor's thread, behind all output.
+            self.post(lambda: self._exec_done(number, outcome))
 
         call = ExecCall(
             program=message.program,
@@ -166,22 +202,46 @@ class VmActor(Actor):
             env=tuple(message.env.items()),
             stdin=message.stdin,
             working_dir=None,
-            timeout=message.timeout,
+            timeout=min(message.timeout, _LONGEST_LIMIT),
         )
         self._execs[number] = self._require_channel().exec(call, on_output, on_done)
+
+    def _exec_done(self, number: int, outcome: ExecResult | ChannelFault) -> None:
+        self._execs.pop(number, None)
+        if isinstance(outcome, ChannelFault):
+            if outcome.reason is ChannelFaultReason.LOST:
+                # The machine's end, which is told once for all its programs.
+                self._lost = self._lost or outcome.detail[:_WORDS_LIMIT]
+                self._look_for_end()
+                return
+            error = str(outcome)[:_WORDS_LIMIT]
+            self._pass_on(ExecEnded(number=number, exit_code=-1, error=error, duration_ms=0))
+            return
+        ended = ExecEnded(
+            number=number,
+            exit_code=outcome.exit_code,
+            error=outcome.error and outcome.error[:_WORDS_LIMIT],
+            duration_ms=outcome.duration_ms or 0,
+        )
+        if outcome.signal is not None and number not in self._signalled:
+            self.after(_SIGNAL_SECONDS, lambda: self._pass_on(ended))
+        else:
+            self._pass_on(ended)
 
     @handles(SignalExec)
     def on_signal(self, message: SignalExec, delivery: Delivery) -> None:
         handle = self._execs.get(message.number)
         if handle is not None:
+            self._signalled.add(message.number)
             handle.signal(signal.Signals(message.signal))
 
     def _pass_on(self, message: Message) -> None:
-        """Hand the run actor a message from the channel's thread, waiting for room."""
-        self.system.tell_wait(self._owner, message, sender=self.path, timeout=_OUTPUT_TIMEOUT)
-
-    def _report(self, message: Message) -> None:
-        self.tell(f"{self.system.node.name}/{self._owner}", message)
+        """Hand the run actor a message, waiting for room: mostly on the channel's thread."""
+        refused = self.system.tell_wait(
+            self._owner, message, sender=self.path, timeout=_OUTPUT_TIMEOUT
+        )
+        if refused is not None and not self._stopping:
+            log.error("%s: %s was lost: %s", self.path, message.tag, refused.value)
 
     # -- files -----------------------------------------------------------------------------
 
@@ -231,6 +291,6 @@ class VmActor(Actor):
 
 def _answer(delivery: Delivery, outcome: object, reply: Message | None) -> None:
     if isinstance(outcome, Exception):
-        delivery.fail(FaultReason.FAILED, str(outcome))
+        delivery.fail(FaultReason.FAILED, str(outcome)[:_WORDS_LIMIT])
     else:
         delivery.reply(reply or Done())

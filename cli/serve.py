@@ -24,9 +24,7 @@ def serve(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, o
             print(f"voidbus: error: {problem}", file=sys.stderr)
         return 2
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonLines() if settings.log.format == "json" else logging.Formatter(_TEXT)
-    )
+    handler.setFormatter(JsonLines() if settings.log.format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=settings.log.level.upper(), handlers=[handler])
     try:
         return SupervisorProcess(settings).run()

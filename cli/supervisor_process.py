@@ -17,7 +17,7 @@ from types import FrameType
 
 from voidbus.actors.event import timestamp
 from voidbus.actors.journal import Journal
-from voidbus.actors.messages.journal import NodeJoined, ProcessExited
+from voidbus.actors.messages.journal import CountRuns, NodeJoined, ProcessExited
 from voidbus.actors.messages.supervisor import StopSupervisor
 from voidbus.actors.root import ROOT_PATH, Identity, Root
 from voidbus.actors.run_process import ENTRY, PRELOAD
@@ -31,6 +31,7 @@ from voidbus.actors.telemetry import Telemetry
 from voidbus.spec.supervisor import SupervisorConfig
 from voidbus.transport.access import ipc_endpoints, secure_directory, socket_directory
 from voidbus.transport.control import Hello
+from voidbus.transport.fault import Fault
 from voidbus.transport.hub import CLIENT_PREFIX, Hub
 
 log = logging.getLogger("voidbus.supervisor")
@@ -39,6 +40,8 @@ HUB_NAME = "supervisor"
 DESCRIPTION_FILE = "supervisor.json"
 LOCK_FILE = "supervisor.lock"
 JOURNAL_FILE = "journal.sqlite"
+# The actors have this long (seconds) to come up; a journal that can't be opened ends it sooner.
+_START_SECONDS = 15.0
 
 
 class SupervisorError(Exception):
@@ -141,12 +144,16 @@ class _Tree:
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
+        self._await_runs()
         self._describe(identity)
         self._stack.callback(self._undescribe)
         _notify_systemd("READY=1")
         log.info("supervisor %d is up, state in %s", os.getpid(), self._state_dir)
         while not self._over.wait(timeout=3600.0):
             pass  # a signal's handler runs between waits
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # The handler takes a lock that taking everything down takes too.
+            signal.signal(number, signal.SIG_IGN)
         _notify_systemd("STOPPING=1")
         assert self._reason is not None
         if self._reason.kind is ExitKind.FAULT:
@@ -190,6 +197,15 @@ class _Tree:
                 f"supervisor/{ROOT_PATH}",
             ),
         )
+
+    def _await_runs(self) -> None:
+        """Wait until the last of the actors answers: who reads the description may rely on it."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._over.is_set() and time.monotonic() < deadline:
+            outcome = self._hub.ask("supervisor/runs", CountRuns(), timeout=_START_SECONDS).wait()
+            if not isinstance(outcome, Fault):
+                return
+            self._over.wait(0.01)
 
     # -- called by other threads -----------------------------------------------------------
 

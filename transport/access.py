@@ -12,9 +12,6 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zmq
-import zmq.auth
-
 from voidbus.transport.message import Right
 
 # sun_path holds 108 bytes with its terminating NUL (unix(7)).
@@ -64,7 +61,7 @@ def require_safe(url: str, *, has_keys: bool) -> None:
         raise AccessError(f"endpoint {url!r}: use inproc://, ipc:// or tcp://")
     if scheme == "tcp" and not has_keys:
         raise AccessError(
-            f"endpoint {url!r}: tcp is refused without CURVE keys; configure bus.tcp.key_dir"
+            f"endpoint {url!r}: tcp is refused without CURVE keys"
         )
 
 
@@ -116,14 +113,16 @@ def secure_directory(path: Path) -> Path:
 
 def create_keys(directory: Path, name: str) -> tuple[bytes, bytes]:
     """Make a CURVE key pair: `name.key`, `name.key_secret` (0600). Returns (public, secret)."""
+    from zmq import auth  # brings asyncio and ssl, which a client of an ipc hub has no use for
+
     secure_directory(directory)
     old = os.umask(0o077)
     try:
-        public_file, secret_file = zmq.auth.create_certificates(str(directory), name)
+        public_file, secret_file = auth.create_certificates(str(directory), name)
     finally:
         os.umask(old)
-    public, _ = zmq.auth.load_certificate(public_file)
-    _, secret = zmq.auth.load_certificate(secret_file)
+    public, _ = auth.load_certificate(public_file)
+    _, secret = auth.load_certificate(secret_file)
     if secret is None:
         raise AccessError(f"{secret_file} holds no secret key")
     return public, secret
@@ -131,10 +130,12 @@ def create_keys(directory: Path, name: str) -> tuple[bytes, bytes]:
 
 def load_keys(secret_file: Path) -> tuple[bytes, bytes]:
     """Read a key pair. Raises AccessError when it is unreadable or readable by others."""
+    from zmq import auth
+
     try:
         if secret_file.stat().st_mode & 0o077:
             raise AccessError(f"{secret_file} is readable by others; run: chmod 600 {secret_file}")
-        public, secret = zmq.auth.load_certificate(str(secret_file))
+        public, secret = auth.load_certificate(str(secret_file))
     except (OSError, ValueError) as error:
         raise AccessError(f"cannot read CURVE keys from {secret_file}: {error}") from error
     if secret is None:

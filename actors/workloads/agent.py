@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from voidbus.actors.messages.runs import RunReport
 from voidbus.actors.workloads.conductor import (
+    ERROR_LIMIT,
+    REPORT_LIMIT,
     Capture,
     Command,
     Conductor,
     Exit,
+    Level,
     LineSplitter,
     Verdict,
     Workload,
+    clip,
+    first_timeout,
 )
 from voidbus.actors.workloads.stream_json import Said, StreamParser
 from voidbus.spec.run import AgentSpec
@@ -26,6 +32,8 @@ INPUT_FILE = "/workspace/input.json"
 SKILLS_FOLDER = "/workspace/.claude/skills"
 # How much of the input is repeated in the prompt (bytes); the file has all of it.
 _INLINE_INPUT = 4000
+# Tools an agent uses are events; past this many they are only counted.
+TOOL_EVENTS_LIMIT = 10_000
 
 
 class AgentTask(Workload):
@@ -51,12 +59,13 @@ class AgentTask(Workload):
         self._program = program
         self._model = model
         self._input = input_text
-        self._timeout = spec.timeout_secs or stage_timeout or DEFAULT_AGENT_TIMEOUT
+        self._timeout = first_timeout(spec.timeout_secs, stage_timeout, DEFAULT_AGENT_TIMEOUT)
         self._output_file = spec.output_file or DEFAULT_OUTPUT_FILE
         self._parser = StreamParser()
         self._lines = LineSplitter(limit=1024 * 1024)
         self._capture = Capture()
         self._ended = False
+        self._tools_used = 0
         self._files: deque[tuple[str, bytes]] = deque(
             (f"{SKILLS_FOLDER}/{PurePosixPath(skill).name}.md", text.encode())
             for skill, text in skills.items()
@@ -123,12 +132,20 @@ class AgentTask(Workload):
     def _show(self, said: list[Said]) -> None:
         for item in said:
             if item.kind == "tool":
-                shown = json.dumps(item.tool_input, ensure_ascii=False)[:2000]
-                self._emit(
-                    "agent.tool_used", item.text, payload={"tool": item.text, "input": shown}
-                )
+                self._show_tool(item)
             else:
                 self._conductor.log(self._name, "stdout", item.text.encode() + b"\n")
+
+    def _show_tool(self, item: Said) -> None:
+        self._tools_used += 1
+        if self._tools_used <= TOOL_EVENTS_LIMIT:
+            payload = {"tool": item.text, "input": item.tool_input}
+            self._emit("agent.tool_used", item.text, payload=payload)
+        elif self._tools_used == TOOL_EVENTS_LIMIT + 1:
+            message = (
+                f"the agent used more than {TOOL_EVENTS_LIMIT} tools; what follows is not kept"
+            )
+            self._emit("agent.tools_cut", message, level="warn")
 
     def _on_exit(self, end: Exit) -> None:
         for line in self._lines.flush():
@@ -142,6 +159,8 @@ class AgentTask(Workload):
             self._fail(f"{self._program} returned no stream-json events ({detail})", end)
         elif result.is_error:
             self._fail(result.error or result.result or "the agent reported an error", end)
+        elif end.exit_code and not result.ended:
+            self._fail(f"{self._program} ended with exit code {end.exit_code}, no result", end)
         else:
             self._conductor.read_file(self._output_file, lambda data: self._complete(end, data))
 
@@ -152,11 +171,13 @@ class AgentTask(Workload):
             "agent completed",
             payload={"duration_ms": end.duration_ms, "exit_code": 0, "stage_attempt": 1},
         )
-        text = self._parser.result.result or (output or b"").decode(errors="replace")
+        # The file's first bytes are enough for what a report holds, however large it is.
+        text = self._parser.result.result or (output or b"")[:REPORT_LIMIT].decode(errors="replace")
         self._conductor.finish(Verdict(True, self._report(True, text), exit_code=end.exit_code))
 
     def _fail(self, error: str, end: Exit) -> None:
         self._ended = True
+        error = error[:ERROR_LIMIT]
         self._emit(
             "stage.failed",
             "agent failed",
@@ -177,7 +198,7 @@ class AgentTask(Workload):
             name=self._name,
             kind="agent",
             success=success,
-            output=output,
+            output=clip(output, REPORT_LIMIT),
             stages=1,
             total_cost_usd=result.total_cost_usd,
             input_tokens=result.input_tokens,
@@ -189,13 +210,13 @@ class AgentTask(Workload):
         event_type: str,
         message: str,
         *,
-        level: str = "info",
-        payload: dict[str, object] | None = None,
+        level: Level = "info",
+        payload: Mapping[str, object] | None = None,
     ) -> None:
         self._conductor.emit(
             event_type,
             message,
-            level="error" if level == "error" else "info",
+            level=level,
             payload=payload,
             stage=self._name,
             group="g0",

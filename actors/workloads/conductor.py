@@ -25,16 +25,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Exit:
-    """How a program ended. `error` says why where it was not by itself (timeout, no such program).
-
-    `stdout` and `stderr` are what was written, cut at `OUTPUT_LIMIT`.
-    """
+    """How a program ended. `error` says why where it was not by itself: killed, not found."""
 
     exit_code: int
     error: str | None = None
     duration_ms: int = 0
-    stdout: bytes = b""
-    stderr: bytes = b""
 
     @property
     def succeeded(self) -> bool:
@@ -103,20 +98,60 @@ class Workload(ABC):
 
 # What is kept of a program's output for pipes and reports (bytes); the log has its own limit.
 OUTPUT_LIMIT = 1024 * 1024
+# What a report holds of it (bytes of UTF-8). A report travels in one message of 4 MiB at most, and
+# JSON may spell a byte with six.
+REPORT_LIMIT = 512 * 1024
+# What is kept of the words an error comes with, which may be the guest's (characters).
+ERROR_LIMIT = 4000
+
+
+def first_timeout(*seconds: int | None) -> int:
+    """The first that is set, most particular first. 0 is set: it is no limit."""
+    return next((value for value in seconds if value is not None), 0)
+
+
+def clip(text: str, limit: int) -> str:
+    """The first `limit` bytes of a text, without a cut character."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= limit else data[:limit].decode(errors="ignore")
+
+
+@dataclass
+class Budget:
+    """Bytes that several captures may hold together."""
+
+    left: int
 
 
 class Capture:
-    """The first `OUTPUT_LIMIT` bytes of each stream."""
+    """The first `OUTPUT_LIMIT` bytes of each stream, or fewer where the budget is used up.
 
-    def __init__(self) -> None:
+    `cut` is whether there was more.
+    """
+
+    def __init__(self, budget: Budget | None = None) -> None:
         self._parts: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+        self._budget = budget or Budget(2 * OUTPUT_LIMIT)
+        self.cut = False
 
     def add(self, stream: str, data: bytes) -> None:
-        part = self._parts.setdefault(stream, bytearray())
-        part += data[: max(0, OUTPUT_LIMIT - len(part))]
+        part = self._parts.get(stream)
+        if part is None:
+            return
+        room = min(OUTPUT_LIMIT - len(part), self._budget.left)
+        self.cut = self.cut or len(data) > room
+        kept = data[:room]
+        part += kept
+        self._budget.left -= len(kept)
+
+    def release(self) -> None:
+        """Forget what was kept, for others to use the budget."""
+        for part in self._parts.values():
+            self._budget.left += len(part)
+            part.clear()
 
     def __getitem__(self, stream: str) -> bytes:
-        return bytes(self._parts.get(stream, b""))
+        return bytes(self._parts[stream])
 
 
 class LineSplitter:
@@ -124,16 +159,33 @@ class LineSplitter:
 
     def __init__(self, limit: int = 64 * 1024) -> None:
         self._limit = limit
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        lines = (self._rest + data).split(b"\n")
-        self._rest = lines.pop()
-        while len(self._rest) >= self._limit:
-            lines.append(self._rest[: self._limit])
-            self._rest = self._rest[self._limit :]
-        return [line.rstrip(b"\r") for line in lines]
+        *complete, rest = data.split(b"\n")
+        lines: list[bytes] = []
+        for part in complete:
+            self._rest += part
+            lines.extend(self._cut())
+            lines.append(bytes(self._rest).rstrip(b"\r"))
+            self._rest.clear()
+        self._rest += rest
+        lines.extend(self._cut())
+        return lines
 
     def flush(self) -> list[bytes]:
-        rest, self._rest = self._rest, b""
-        return [rest.rstrip(b"\r")] if rest else []
+        rest = bytes(self._rest).rstrip(b"\r")
+        self._rest.clear()
+        return [rest] if rest else []
+
+    def _cut(self) -> list[bytes]:
+        """Take what is over the limit, a line at a time, where characters end."""
+        lines = []
+        while len(self._rest) > self._limit:
+            end = self._limit
+            # A character of UTF-8 has at most three bytes after its first (RFC 3629, section 3).
+            while end > max(1, self._limit - 3) and self._rest[end] & 0xC0 == 0x80:
+                end -= 1
+            lines.append(bytes(self._rest[:end]))
+            del self._rest[:end]
+        return lines

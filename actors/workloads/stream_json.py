@@ -1,13 +1,18 @@
 """What Claude Code prints with `--output-format stream-json`, one JSON object a line.
 
-Unknown objects and lines that are no JSON are passed over: agents print what they like.
+Unknown objects and lines that are no JSON are passed over: agents print what they like. Every
+text that comes out can be written as UTF-8: JSON may spell half of a surrogate pair, which can't.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+_TOOL_NAME_LIMIT = 200
+# How much of a tool's input is shown (characters); it may be a whole file.
+_TOOL_INPUT_LIMIT = 2000
 
 
 @dataclass
@@ -23,7 +28,6 @@ class StreamResult:
     input_tokens: int = 0
     output_tokens: int = 0
     num_turns: int = 0
-    tools: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Said:
 
     kind: str  # text, tool, raw
     text: str
-    tool_input: Any = None
+    tool_input: str = ""
 
 
 class StreamParser:
@@ -77,21 +81,20 @@ class StreamParser:
             if not isinstance(part, dict):
                 continue
             if part.get("type") == "text" and isinstance(part.get("text"), str):
-                said.append(Said("text", part["text"]))
+                said.append(Said("text", _plain(part["text"])))
             elif part.get("type") == "tool_use" and isinstance(part.get("name"), str):
-                if len(self.result.tools) < 10_000:
-                    self.result.tools.append(part["name"])
-                said.append(Said("tool", part["name"], part.get("input")))
+                name = _plain(part["name"])[:_TOOL_NAME_LIMIT]
+                said.append(Said("tool", name, _shown(part.get("input"))))
         return said
 
     def _result(self, event: dict[str, Any]) -> None:
         result = self.result
         result.ended = True
         text = event.get("result")
-        result.result = text if isinstance(text, str) else ""
+        result.result = _plain(text) if isinstance(text, str) else ""
         result.is_error = event.get("is_error") is True
         error = event.get("error")
-        result.error = error if isinstance(error, str) else ""
+        result.error = _plain(error) if isinstance(error, str) else ""
         cost = event.get("total_cost_usd")
         if isinstance(cost, int | float) and not isinstance(cost, bool) and 0 <= cost < 1e9:
             result.total_cost_usd = float(cost)
@@ -99,6 +102,18 @@ class StreamParser:
         if isinstance(event.get("usage"), dict):
             result.input_tokens = _number(event["usage"], "input_tokens")
             result.output_tokens = _number(event["usage"], "output_tokens")
+
+
+def _plain(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def _shown(tool_input: object) -> str:
+    try:
+        text = json.dumps(tool_input, ensure_ascii=False)
+    except (ValueError, RecursionError):  # nested nearly as deep as could be read
+        return "?"
+    return _plain(text[:_TOOL_INPUT_LIMIT])
 
 
 def _number(table: object, key: str) -> int:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from voidbus.actors.messages.runs import RunReport
 from voidbus.actors.workloads.conductor import (
+    ERROR_LIMIT,
+    OUTPUT_LIMIT,
+    REPORT_LIMIT,
+    Budget,
     Capture,
     Command,
     Conductor,
     Exit,
     Verdict,
     Workload,
+    clip,
+    first_timeout,
 )
 from voidbus.spec.levels import dependency_levels, output_step_of
 from voidbus.spec.run import StepSpec, WorkflowSpec
 
 # A step without a limit of its own, in a run without a policy (seconds).
 DEFAULT_STEP_TIMEOUT = 1200
+# What a workflow keeps of its steps' output at any time, for those that read it later (bytes).
+HELD_LIMIT = 64 * 1024 * 1024
+# A guest runs 128 programs at once and refuses more; the rest is room for what operators start.
+STEPS_AT_ONCE = 64
 
 
 class Workflow(Workload):
-    """A level runs whole before the next; its steps at once.
+    """A level runs whole before the next; its steps at once, as many as the guest takes.
 
     A step reads the output of its first dependency, or of `stdin_from` where that has finished.
     The run succeeds as its output step does; steps that depend on a failed one are skipped.
@@ -46,6 +58,22 @@ class Workflow(Workload):
         self._exits: dict[str, Exit] = {}
         self._skipped: set[str] = set()
         self._started: set[str] = set()
+        self._waiting: deque[StepSpec] = deque()
+        self._running = 0
+        self._budget = Budget(HELD_LIMIT)
+        self._captures: dict[str, Capture] = {}
+        self._last_reads = self._last_levels_that_read()
+
+    def _last_levels_that_read(self) -> dict[str, int]:
+        """By step, the last level that may read its output; the output step's is read last."""
+        reads: dict[str, int] = {}
+        for level, steps in enumerate(self._levels):
+            for step in steps:
+                for source in (step.run.stdin_from, *step.depends_on[:1]):
+                    if source is not None:
+                        reads[source] = level
+        reads[self._output_step] = len(self._levels)
+        return reads
 
     def begin(self) -> None:
         for level, steps in enumerate(self._levels):
@@ -76,8 +104,18 @@ class Workflow(Workload):
             runnable = [step for step in self._levels[self._level] if not self._skip(step)]
             if runnable:
                 break
-        for step in runnable:
-            self._start(step)
+        self._waiting.extend(runnable)
+        self._start_some()
+
+    def _start_some(self) -> None:
+        """Start what waits in this level, as far as there is room for it in the guest."""
+        while self._waiting and self._running < STEPS_AT_ONCE:
+            self._running += 1
+            self._start(self._waiting.popleft())
+        if self._waiting:
+            return
+        for name in [n for n in self._exits if self._last_reads.get(n, -1) <= self._level]:
+            self._captures[name].release()
 
     def _skip(self, step: StepSpec) -> bool:
         """Skip a step whose dependency failed or was itself skipped."""
@@ -111,19 +149,22 @@ class Workflow(Workload):
             stage=step.name,
             group=f"g{self._level}",
         )
-        capture = Capture()
+        capture = self._captures[step.name] = Capture(self._budget)
 
         def on_output(stream: str, data: bytes) -> None:
             capture.add(stream, data)
             self._conductor.log(step.name, stream, data)
 
         def on_exit(end: Exit) -> None:
-            self._ended(
-                step,
-                Exit(
-                    end.exit_code, end.error, end.duration_ms, capture["stdout"], capture["stderr"]
-                ),
-            )
+            if capture.cut:
+                self._conductor.emit(
+                    "output.cut",
+                    f"step {step.name} printed more than is kept for other steps and the report "
+                    f"({OUTPUT_LIMIT} bytes of a step, {HELD_LIMIT} of all); they get the first",
+                    level="warn",
+                    stage=step.name,
+                )
+            self._ended(step, end)
 
         command = Command(
             step.run.program,
@@ -137,16 +178,17 @@ class Workflow(Workload):
     def _stdin(self, step: StepSpec) -> bytes:
         for source in (step.run.stdin_from, *step.depends_on[:1]):
             if source is not None and source in self._exits:
-                return self._exits[source].stdout
+                return self._captures[source]["stdout"]
         return b""
 
     def _timeout(self, step: StepSpec) -> int:
         if step.mode == "service":
             return 0
-        return step.timeout_secs or self._stage_timeout or DEFAULT_STEP_TIMEOUT
+        return first_timeout(step.timeout_secs, self._stage_timeout, DEFAULT_STEP_TIMEOUT)
 
     def _ended(self, step: StepSpec, end: Exit) -> None:
         self._exits[step.name] = end
+        self._running -= 1
         payload: dict[str, object] = {
             "duration_ms": end.duration_ms,
             "exit_code": end.exit_code,
@@ -165,40 +207,43 @@ class Workflow(Workload):
                 "stage.failed",
                 f"step {step.name} failed",
                 level="error",
-                payload={**payload, "error": _why(end)},
+                payload={**payload, "error": self._why(step.name)},
                 stage=step.name,
                 group=f"g{self._level}",
             )
-        if all(
-            other.name in self._exits or other.name in self._skipped
-            for other in self._levels[self._level]
-        ):
+        if self._running or self._waiting:
+            self._start_some()
+        else:
             self._next_level()
 
     def _finish(self) -> None:
         end = self._exits.get(self._output_step)
         success = end is not None and end.succeeded
-        output = end.stdout.decode(errors="replace") if end else ""
+        kept = self._captures[self._output_step]["stdout"] if end else b""
+        output = kept.decode(errors="replace")
         if self._input:
             output = f"{self._input}\n{output}"
         report = RunReport(
             name=self._name,
             kind="workflow",
             success=success,
-            output=output,
+            output=clip(output, REPORT_LIMIT),
             stages=len(self._exits) + len(self._skipped),
         )
         error = None
         if not success:
-            why = _why(end) if end else "it was skipped because a step it depends on failed"
+            why = "it was skipped because a step it depends on failed"
+            if end:
+                why = self._why(self._output_step)
             error = f"output step {self._output_step} did not succeed: {why}"
         self._conductor.finish(
             Verdict(success, report, error, exit_code=end.exit_code if end else None)
         )
 
-
-def _why(end: Exit) -> str:
-    if end.error:
-        return end.error
-    text = end.stderr.decode(errors="replace").strip()[-2000:]
-    return f"Command failed with exit code {end.exit_code}" + (f": {text}" if text else "")
+    def _why(self, name: str) -> str:
+        """Why a step that has ended failed."""
+        end = self._exits[name]
+        if end.error:
+            return end.error[:ERROR_LIMIT]
+        text = self._captures[name]["stderr"].decode(errors="replace").strip()[-2000:]
+        return f"Command failed with exit code {end.exit_code}" + (f": {text}" if text else "")

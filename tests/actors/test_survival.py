@@ -274,6 +274,30 @@ def test_an_agent_that_ignores_sigterm_is_killed_and_nobody_waits_for_it(
     assert processes_of(supervisor.state_dir / "runs" / stubborn) == []
 
 
+def test_a_second_cancel_with_less_patience_hurries_the_first(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    run_id = client.start(a_stubborn_spec(tmp_path))
+    client.wait_for(run_id, lambda event: event.message == "up")
+    client.cancel(run_id, "please", grace=600.0)
+    client.cancel(run_id, "now", grace=0.0)
+    state = client.wait_end(run_id)
+    assert (state.status, state.terminal_reason) == (RunStatus.CANCELLED, "please")
+
+
+def test_a_run_process_that_gives_up_says_why(supervisor: Supervisor, client: Client) -> None:
+    run_id = client.start(SANDBOX)
+    client.wait_type(run_id, "sandbox.ready")
+    log = supervisor.state_dir / "runs" / run_id / "process.log"
+    with log.open("a") as file:
+        file.write("out of cheese\n")
+    pid = client.state(run_id).run_process
+    assert pid is not None
+    kill(pid)
+    error = client.wait_end(run_id).error
+    assert error == "its process ended: killed by SIGKILL; its log ends: out of cheese"
+
+
 def test_nothing_is_left_of_runs_that_ended(
     supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:

@@ -1,0 +1,154 @@
+"""What is made of a run whose process is gone."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from journal_kit import a_batch, a_run
+
+from voidbus.actors.event import EventMaker
+from voidbus.actors.journal_store import JournalStore
+from voidbus.actors.leases import LeaseFile
+from voidbus.actors.messages.journal import AppendEvents, RunOutcome, RunProgress
+from voidbus.actors.messages.runs import RunState, RunStatus, StageState
+from voidbus.actors.recovery import Recovered, recover, remove_directory
+from voidbus.actors.runtime.process import identity_of
+from voidbus.actors.spool import Spool
+
+SUCCEEDED = RunOutcome(status=RunStatus.SUCCEEDED, exit_code=0)
+
+
+def state_of(last_seq: int = 1, **fields: object) -> RunState:
+    return a_run().state.model_copy(update={"last_seq": last_seq, "generation": 7, **fields})
+
+
+def spooled(folder: Path, *batches: AppendEvents) -> None:
+    spool = Spool(folder / "spool.jsonl")
+    for batch in batches:
+        spool.add(batch)
+    spool.close()
+
+
+def recovered(
+    folder: Path, state: RunState | None = None, cancel_reason: str | None = None
+) -> Recovered:
+    return recover(state or state_of(), folder, reason="it was killed", cancel_reason=cancel_reason)
+
+
+def types(result: Recovered) -> list[str]:
+    return [event.event_type for batch in result.batches for event in batch.events]
+
+
+def test_a_run_without_a_spool_failed_for_the_reason_given(tmp_path: Path) -> None:
+    result = recovered(tmp_path)
+    (batch,) = result.batches
+    assert [(e.seq, e.event_type, e.message) for e in batch.events] == [
+        (2, "run.failed", "run failed: it was killed")
+    ]
+    assert batch.events[0].payload == {"processes_killed": 0, "paths_removed": 0}
+    assert batch.outcome == RunOutcome(
+        status=RunStatus.FAILED, error="it was killed", terminal_reason="it was killed"
+    )
+
+
+def test_what_was_spooled_comes_first_and_the_end_follows_it(tmp_path: Path) -> None:
+    spooled(tmp_path, a_batch(first=0, count=3), a_batch(first=3, count=2))
+    result = recovered(tmp_path)
+    assert [e.seq for batch in result.batches for e in batch.events] == [2, 3, 4, 5]
+    assert types(result)[-1] == "run.failed"
+
+
+def test_the_outcome_that_was_spooled_is_the_outcome(tmp_path: Path) -> None:
+    spooled(tmp_path, a_batch(first=2, count=1), a_batch(first=3, outcome=SUCCEEDED))
+    result = recovered(tmp_path, cancel_reason="enough")
+    assert result.batches[-1].outcome == SUCCEEDED
+    assert "run.cancelled" not in types(result)
+
+
+def test_a_run_that_was_being_cancelled_is_cancelled(tmp_path: Path) -> None:
+    result = recovered(tmp_path, cancel_reason="enough")
+    assert types(result) == ["run.cancelled"]
+    assert result.batches[-1].outcome == RunOutcome(
+        status=RunStatus.CANCELLED, terminal_reason="enough"
+    )
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_stages_that_ran_are_ended_with_the_run(tmp_path: Path, cancelled: bool) -> None:
+    maker = EventMaker("r1", "mock", 2)
+    started = maker.make("stage.started", "b started", stage="b", group="g1")
+    spooled(tmp_path, AppendEvents(run_id="r1", generation=7, events=(started,)))
+    known = {"a": StageState(status="running"), "z": StageState(status="succeeded")}
+    result = recovered(
+        tmp_path, state_of(stage_states=known), cancel_reason="enough" if cancelled else None
+    )
+    ends = [e for e in result.batches[-1].events if e.event_type == "stage.failed"]
+    error = "run cancelled" if cancelled else "it was killed"
+    assert [(e.stage_name, e.group_id, (e.payload or {})["error"]) for e in ends] == [
+        ("a", None, error),
+        ("b", "g1", error),
+    ]
+    progress = result.batches[-1].progress
+    assert progress is not None
+    assert progress.stage_states is not None
+    assert {name: s.status for name, s in progress.stage_states.items()} == {
+        "a": "failed",
+        "b": "failed",
+        "z": "succeeded",
+    }
+
+
+def test_batches_carry_the_generation_the_journal_has(tmp_path: Path) -> None:
+    spooled(tmp_path, a_batch(first=2, generation=3))
+    assert {batch.generation for batch in recovered(tmp_path).batches} == {7}
+
+
+def test_a_spool_cut_short_counts_as_far_as_it_makes_sense(tmp_path: Path) -> None:
+    spooled(tmp_path, a_batch(first=2), a_batch(first=3, outcome=SUCCEEDED))
+    path = tmp_path / "spool.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    result = recovered(tmp_path)
+    assert [e.seq for batch in result.batches for e in batch.events] == [2, 3]
+    assert types(result)[-1] == "run.failed"
+
+
+def test_another_runs_spool_is_not_believed(tmp_path: Path) -> None:
+    spooled(tmp_path, a_batch("r2", first=2, outcome=SUCCEEDED))
+    assert types(recovered(tmp_path)) == ["run.failed"]
+
+
+def test_what_was_held_is_freed_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "machine").mkdir()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        leases = LeaseFile(tmp_path / "leases.jsonl")
+        leases.path(tmp_path / "machine")
+        leases.process(identity_of(process.pid))
+        leases.close()
+        result = recovered(tmp_path)
+        assert process.wait(20.0) == -9
+    assert result.batches[-1].events[-1].payload == {"processes_killed": 1, "paths_removed": 1}
+    remove_directory(tmp_path / "machine")  # again is fine
+
+
+def test_the_journal_takes_what_was_recovered_and_the_run_has_ended(tmp_path: Path) -> None:
+    store = JournalStore(tmp_path / "journal.sqlite")
+    try:
+        store.create(a_run(), 1)
+        progress = a_batch(first=2, count=2).model_copy(
+            update={"progress": RunProgress(machine="process", active_microvm_count=1)}
+        )
+        store.append(progress)
+        spooled(tmp_path, progress, a_batch(first=4, count=2))
+        for batch in recover(
+            store.run("r1"), tmp_path, reason="it was killed", cancel_reason=None
+        ).batches:
+            state, _ = store.append(batch)
+        assert state.status is RunStatus.FAILED
+        assert (state.machine, state.active_microvm_count) == ("process", 0)
+        events = store.events("r1", after=-1, limit=100)
+        assert [e.seq for e in events] == list(range(7))
+        assert state.terminal_event_id == events[-1].event_id
+    finally:
+        store.close()
