@@ -40,6 +40,9 @@ from voidbus.actors.runtime.actor import Actor, Place, Refuse, handles
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 
+# A list shows this much of each run's output (characters); `InspectRun` gives all of it.
+_LISTED_OUTPUT = 1000
+
 
 class Journal(Actor):
     """Journals before anything happens, publishes after it is on disk.
@@ -85,7 +88,7 @@ class Journal(Actor):
         with _as_faults():
             state, fresh = self.store.append(message)
         self._publish(message.run_id, fresh)
-        if state.status.terminal and message.outcome is not None and fresh:
+        if state.status.terminal and message.outcome is not None:
             self.tell(self._runs, RunEnded(run_id=message.run_id, status=state.status))
             self.system.node.retire_topic(events_topic(message.run_id))
         return Appended(run_id=message.run_id, last_seq=state.last_seq, ended=state.status.terminal)
@@ -108,7 +111,7 @@ class Journal(Actor):
         active = None if message.state is None else message.state == "active"
         with _as_faults():
             runs, total = self.store.runs(active=active, limit=message.limit)
-        return RunList(runs=runs, total=total)
+        return RunList(runs=tuple(_without_long_output(run) for run in runs), total=total)
 
     @handles(InspectRun)
     def on_inspect_run(self, message: InspectRun, delivery: Delivery) -> RunState:
@@ -146,6 +149,14 @@ class Journal(Actor):
         node = delivery.sender.partition("/")[0]
         if delivery.right is not None and node != run_node(run_id):
             raise Refuse(f"{node} may not write events of run {run_id}")
+
+
+def _without_long_output(run: RunState) -> RunState:
+    """A run for a list: a thousand reports of half a megabyte would be no message."""
+    if run.report is None or len(run.report.output) <= _LISTED_OUTPUT:
+        return run
+    report = run.report.model_copy(update={"output": run.report.output[:_LISTED_OUTPUT]})
+    return run.model_copy(update={"report": report})
 
 
 @contextmanager

@@ -60,9 +60,7 @@ def require_safe(url: str, *, has_keys: bool) -> None:
     if scheme not in {"inproc", "ipc", "tcp"}:
         raise AccessError(f"endpoint {url!r}: use inproc://, ipc:// or tcp://")
     if scheme == "tcp" and not has_keys:
-        raise AccessError(
-            f"endpoint {url!r}: tcp is refused without CURVE keys"
-        )
+        raise AccessError(f"endpoint {url!r}: tcp is refused without CURVE keys")
 
 
 def ipc_endpoints(directory: Path) -> Endpoints:

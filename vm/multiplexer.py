@@ -170,7 +170,10 @@ class Multiplexer:
     def _until_next_deadline(self) -> float | None:
         with self._lock:
             times = [slot.deadline for slot in self._slots.values() if slot.deadline is not None]
-        return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
+        if not times:
+            return None
+        # poll's timeout is a C int; a deadline may be any time. It looks again in an hour.
+        return min(max(0.0, min(times) - time.monotonic()) * 1000 + 1, 3_600_000.0)
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -155,7 +155,7 @@ class CancelAccepted(Message, tag="runs.cancel_accepted"):
 
 
 class ListRuns(Message, tag="runs.list", right=Right.OBSERVE):
-    """The runs, newest first. Ask the journal."""
+    """The runs, newest first, with the first 1000 characters of their output. Ask the journal."""
 
     state: Literal["active", "terminal"] | None = None
     limit: int = Field(default=1000, ge=1, le=1000)

@@ -32,6 +32,7 @@ from voidbus.actors.messages.runs import (
     ListRuns,
     ReadEvents,
     RunList,
+    RunReport,
     RunState,
     RunStatus,
     events_topic,
@@ -259,3 +260,18 @@ def test_a_damaged_journal_is_an_answer_and_not_the_actors_end(
     assert fault.reason is FaultReason.FAILED
     assert "journal.sqlite" in fault.detail
     assert system.find("journal") is journal
+
+
+def test_a_list_of_runs_with_long_outputs_is_still_one_message(system: System) -> None:
+    report = RunReport(name="n", kind="agent", success=True, output="x" * 500_000, stages=1)
+    for number in range(12):
+        put(system, a_run(f"r{number}"))
+        outcome = RunOutcome(status=RunStatus.SUCCEEDED, report=report)
+        put(system, a_batch(f"r{number}", first=2, outcome=outcome))
+    listed = put(system, ListRuns())
+    assert isinstance(listed, RunList)
+    assert listed.total == 12
+    assert len(listed.to_json()) < 100_000
+    whole = put(system, InspectRun(run_id="r3"))
+    assert isinstance(whole, RunState)
+    assert whole.report == report

@@ -15,7 +15,7 @@ from voidbus.actors.spool import Spool, read_leftovers
 
 
 def drain(spool: Spool) -> list[int]:
-    numbers = []
+    numbers: list[int] = []
     while (batch := spool.next()) is not None:
         numbers.extend(event.seq for event in batch.events)
         spool.done()
