@@ -86,9 +86,10 @@ class Journal(Actor):
     def on_append(self, message: AppendEvents, delivery: Delivery) -> Appended:
         self._check_sender(message.run_id, delivery)
         with _as_faults():
+            ends_it = message.outcome is not None and not self._has_ended(message.run_id)
             state, fresh = self.store.append(message)
         self._publish(message.run_id, fresh)
-        if state.status.terminal and message.outcome is not None:
+        if ends_it:
             self.tell(self._runs, RunEnded(run_id=message.run_id, status=state.status))
             self.system.node.retire_topic(events_topic(message.run_id))
         return Appended(run_id=message.run_id, last_seq=state.last_seq, ended=state.status.terminal)
@@ -138,6 +139,9 @@ class Journal(Actor):
             last_seq=state.last_seq,
             ended=state.status.terminal,
         )
+
+    def _has_ended(self, run_id: str) -> bool:
+        return self.store.run(run_id).status.terminal
 
     def _publish(self, run_id: str, events: tuple[RunEvent, ...]) -> None:
         topic = events_topic(run_id)

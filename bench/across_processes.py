@@ -18,6 +18,7 @@ from collections.abc import Callable
 from kit.measure import Report, installed, interleave, medians, seconds, start_report
 from peers.raw_echo import RawEcho
 from peers.run_like import NODE, Note, RunLike
+
 from voidbus.transport.address import parse_address
 from voidbus.transport.delivery import Ask
 
@@ -58,13 +59,8 @@ def main() -> None:
         }
         add_peers(report, stack, asks, piped, singles, windows)
 
-        def rates(
-            count: int, jobs: dict[str, Callable[[], object]]
-        ) -> dict[str, float]:
-            timed = {
-                name: lambda job=job: count / seconds(job)  # type: ignore[misc]
-                for name, job in jobs.items()
-            }
+        def rates(count: int, jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+            timed = {name: lambda job=job: count / seconds(job) for name, job in jobs.items()}
             return medians(interleave(rounds, timed))
 
         one, many = rates(asks, singles), rates(piped, windows)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import pykka
-
 from kit.measure import interleave, medians, seconds, start_report
+
 from voidbus.actors.runtime.actor import Actor, handles
 from voidbus.actors.runtime.system import System
 from voidbus.transport.access import inproc_endpoints

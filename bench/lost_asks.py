@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pykka
-
 from kit.measure import start_report
+
 from voidbus.actors.runtime.actor import Actor, handles
 from voidbus.actors.runtime.system import System
 from voidbus.transport.access import inproc_endpoints

@@ -6,8 +6,8 @@ exactly: a tell is refused where it is sent, or handled, or comes back as a faul
 expired by the receiver; an ask ends.
 How: the supervisor's process sends to a slow actor in a run's process for 30 seconds (3 quick),
 ten times the rate measured before; one message in ten is an ask. The receiver's mailbox holds
-1,000 and refuses; every other tell expires before its turn comes there. What comes back for a tell is delivered to the tell's sender, an actor that
-counts.
+1,000 and refuses; every other tell expires before its turn comes there. What comes back for a tell
+is delivered to the tell's sender, an actor that counts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from statistics import fmean
 
 from kit.measure import start_report
 from peers.run_like import NODE, RunLike, Tallied, Tally, Work
+
 from voidbus.actors.messages.actor import InspectSystem, SystemStatus
 from voidbus.actors.runtime.actor import Actor, Place, handles
 from voidbus.actors.runtime.system import System

@@ -11,13 +11,14 @@ that says it is done.
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
 from kit.measure import percentile, start_report
-from kit.supervised import PATIENCE, TERMINAL, Supervised, kill
+from kit.supervised import PATIENCE, TERMINAL, Supervised, descendants, ignores, kill
 
 GRACE = 60.0
 SPEC = """
@@ -57,7 +58,13 @@ def commands(supervised: Supervised, rounds: int, times: Times) -> None:
 def start_stubborn(supervised: Supervised, spec: Path) -> str:
     """A run that was told to end, and doesn't."""
     run_id = supervised.start(spec)
-    supervised.events.wait(run_id, "log.chunk", *TERMINAL)
+    supervised.events.wait(run_id, "stage.started", *TERMINAL)
+    process = supervised.run_process(run_id)
+    deadline = time.monotonic() + PATIENCE
+    while not any(ignores(pid, signal.SIGTERM) for pid in descendants(process)):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the agent never came to ignore SIGTERM")
+        time.sleep(0.02)
     supervised.cancel(run_id, grace=GRACE)
     return run_id
 

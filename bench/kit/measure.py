@@ -50,7 +50,7 @@ def interleave(
             job()
     found: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds):
-        names = list(jobs) if number % 2 == 0 else list(reversed(jobs))
+        names = list(jobs) if number % 2 == 0 else list(jobs)[::-1]
         for name in names:
             found[name].append(jobs[name]())
     return found
@@ -131,3 +131,11 @@ def start_report(path: str, description: str | None) -> tuple[Report, argparse.N
     first = (description or "").strip().splitlines()[0]
     print(f"{report.name}: {first}" + (" (quick)" if options.quick else ""), flush=True)
     return report, options
+
+
+def import_from_bench() -> None:
+    """Let processes started from here import what is in bench/."""
+    folder = str(Path(__file__).resolve().parents[1])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*known, folder]))

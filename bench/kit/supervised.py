@@ -26,7 +26,7 @@ from voidbus.actors.messages.runs import (
 )
 from voidbus.actors.messages.supervisor import InspectSupervisor, StopSupervisor, SupervisorState
 from voidbus.transport.access import ipc_endpoints, socket_directory
-from voidbus.transport.fault import BusError
+from voidbus.transport.fault import BusError, FaultReason
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
 from voidbus.transport.topics import Publication
@@ -77,7 +77,6 @@ class Supervised:
         self._folder = tempfile.TemporaryDirectory(prefix="vb-")
         self.state_dir = Path(self._folder.name) / "state"
         self._environment = {**os.environ, "VOIDBUS_MAX_PARALLEL_RUNS": "256", **environment}
-        self.launch()
         endpoints = ipc_endpoints(socket_directory(self.state_dir))
         self.leaf = Leaf(
             f"client-bench-{os.getpid()}",
@@ -85,6 +84,7 @@ class Supervised:
             topics_url=endpoints.topics,
         )
         self.events = EventLog()
+        self.launch()
         try:
             if not self.leaf.wait_up(PATIENCE):
                 raise TimeoutError("the supervisor did not come up")
@@ -138,7 +138,17 @@ class Supervised:
     # -- questions -------------------------------------------------------------------------
 
     def ask(self, dest: str, message: Message, wanted: type[M], timeout: float = PATIENCE) -> M:
-        reply = self.leaf.ask(dest, message, timeout=timeout).result()
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                reply = self.leaf.ask(dest, message, timeout=timeout).result()
+                break
+            except BusError as error:
+                # A supervisor that is starting takes links before its actors are there.
+                passing = (FaultReason.NO_SUCH_ACTOR, FaultReason.LINK_LOST)
+                if error.reason not in passing or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
         if not isinstance(reply, wanted):
             raise TypeError(f"{dest} answered {reply.tag}")
         return reply
@@ -164,6 +174,15 @@ class Supervised:
 
     def describe(self) -> SupervisorState:
         return self.ask("supervisor/root", InspectSupervisor(), SupervisorState)
+
+    def wait_adopted(self, count: int) -> int:
+        """How many runs the supervisor says it adopted: `count`, or what it says at last."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            adopted = self.describe().adopted_runs
+            if adopted == count or time.monotonic() > deadline:
+                return adopted
+            time.sleep(0.02)
 
     def run_process(self, run_id: str) -> int:
         pid = self.state(run_id).run_process
@@ -202,6 +221,27 @@ def command_line(pid: int) -> bytes:
 def children(parent: int) -> list[int]:
     """Live children of a process."""
     return [pid for pid in processes() if parent_and_state(pid)[0] == parent]
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Live processes below a process, itself not among them."""
+    parents = {pid: parent_and_state(pid)[0] for pid in processes()}
+    found: list[int] = []
+    ring = [ancestor]
+    while ring:
+        ring = [pid for pid, parent in parents.items() if parent in ring]
+        found.extend(ring)
+    return found
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """Whether a process ignores a signal (proc_pid_status(5), SigIgn)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    mask = next((int(line.split()[1], 16) for line in lines if line.startswith("SigIgn:")), 0)
+    return bool(mask >> (number - 1) & 1)
 
 
 def parent_and_state(pid: int) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """A process like a run's: one leaf on the supervisor's work endpoint, with an actor that answers.
 
-`run_like.py URL TOKEN`, started by `RunLike`; it ends when its standard input does.
+`main` is the other process's, with its URL and TOKEN as arguments; it ends when its standard input
+does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import Self
+
+from kit.measure import import_from_bench
 
 from voidbus.actors.runtime.actor import Actor, Place, handles
 from voidbus.actors.runtime.system import System
@@ -23,6 +26,7 @@ from voidbus.transport.message import Message, Right
 NODE = "run-bench"
 GENERATION = 1
 _PATIENCE = 20.0
+_MAIN = "from peers.run_like import main; main()"
 
 
 class Note(Message, tag="bench.note"):
@@ -81,8 +85,9 @@ class RunLike:
         joined = threading.Event()
         self.hub = Hub("supervisor", endpoints, on_join=lambda _: joined.set())
         self.hub.expect(NODE, token_digest("bench"), GENERATION)
+        import_from_bench()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, endpoints.rights[Right.WORK], "bench"],
+            [sys.executable, "-P", "-c", _MAIN, endpoints.rights[Right.WORK], "bench"],
             stdin=subprocess.PIPE,
         )
         if not joined.wait(_PATIENCE):
@@ -110,10 +115,3 @@ def main() -> None:
     sys.stdin.buffer.read()
     system.stop(5.0)
     leaf.close()
-
-
-if __name__ == "__main__":
-    # The messages are those the bench imports, not a second set of `__main__`.
-    from run_like import main as run
-
-    run()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
 from typing import Any, Self
 
 import xoscar
+from kit.measure import import_from_bench
 
 
 class EchoActor(xoscar.Actor):  # type: ignore[misc]  # xoscar has no types
@@ -21,7 +20,7 @@ class XoscarEcho:
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
         # Its processes are executed afresh and import the actor's class from this folder.
-        os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+        import_from_bench()
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._start())
 
