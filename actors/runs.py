@@ -65,9 +65,10 @@ from voidbus.actors.runtime.spawned import SpawnedProcess, describe_returncode
 from voidbus.actors.runtime.spawner import Spawner
 from voidbus.actors.runtime.supervisor import Child, ChildSpec, Supervisor
 from voidbus.actors.sidecar_door import SidecarDoor, SidecarRequest
+from voidbus.transport.admission import token_digest
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import BusError, Fault, FaultReason
-from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.hub import Hub
 from voidbus.transport.message import Message, Right
 
 log = logging.getLogger("voidbus.actors")

@@ -30,9 +30,10 @@ from voidbus.actors.runtime.system import System
 from voidbus.actors.telemetry import Telemetry
 from voidbus.spec.supervisor import SupervisorConfig
 from voidbus.transport.access import ipc_endpoints, secure_directory, socket_directory
+from voidbus.transport.admission import CLIENT_PREFIX
 from voidbus.transport.control import Hello
 from voidbus.transport.fault import Fault
-from voidbus.transport.hub import CLIENT_PREFIX, Hub
+from voidbus.transport.hub import Hub
 
 log = logging.getLogger("voidbus.supervisor")
 

@@ -7,8 +7,6 @@ for topics. Leaves name themselves with a HELLO; on the work endpoint it must be
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from voidbus.transport.access import Endpoints
-from voidbus.transport.address import valid_node
+from voidbus.transport.admission import Admission, ExpectedNode
 from voidbus.transport.control import Hello, Refused, Subscribed, Welcome, boot_identity
 from voidbus.transport.delivery import DeadlineWheel
 from voidbus.transport.envelope import (
@@ -37,8 +35,6 @@ from voidbus.transport.topics import TopicSequencer
 # Links a hub keeps at once, and asks it forwards at once.
 LINKS_LIMIT = 8192
 FORWARDS_LIMIT = 65536
-# A client names itself; a run process is expected by name.
-CLIENT_PREFIX = "client-"
 
 # How long after a connection ended the links are probed (seconds): the monitor's event may come
 # before the ROUTER has taken the peer out of its table.
@@ -47,19 +43,6 @@ _PROBE_DELAY = 0.02
 _PREFIX_LIMIT = 1024
 
 _monotonic = time.monotonic
-
-
-@dataclass(frozen=True)
-class ExpectedNode:
-    """A node that may join by the work endpoint: the SHA-256 of its token, and its generation."""
-
-    token_digest: bytes
-    generation: int
-
-
-def token_digest(token: str) -> bytes:
-    """What a hub keeps of a token: enough to know it again, not to use it."""
-    return hashlib.sha256(token.encode()).digest()
 
 
 class _Link:
@@ -120,14 +103,13 @@ class Hub(Node):
         )
         self.endpoints = endpoints
         self.addresses: dict[Right, str] = {}
-        self._work_is_open = not hold_work
+        self._admission = Admission(name, self.instance, is_open=not hold_work)
         self._sent = TopicSequencer()
         self.topics_address = ""
         self._on_join = on_join
         self._on_leave = on_leave
         self._high_water = high_water
         self._link_timeout = link_timeout
-        self._expected: dict[str, ExpectedNode] = {}
         self._rights: dict[zmq.Socket[bytes], Right] = {}
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._probe_at: float | None = None
@@ -153,16 +135,16 @@ class Hub(Node):
 
     def expect(self, node: str, digest: bytes, generation: int) -> None:
         """Let `node` join by the work endpoint, from now on only with this generation."""
-        self._expected[node] = ExpectedNode(digest, generation)
+        self._admission.expected[node] = ExpectedNode(digest, generation)
         self._loop.call(lambda: self._fence(node, generation))
 
     def open_work(self) -> None:
         """All nodes that may come are expected now; others are refused, for good."""
-        self._work_is_open = True
+        self._admission.is_open = True
 
     def dismiss(self, node: str) -> None:
         """No longer let `node` in; asks that wait for it end now with `link_lost`."""
-        self._expected.pop(node, None)
+        self._admission.expected.pop(node, None)
         self._loop.call(lambda: self._drop(node, FaultReason.LINK_LOST, "the node was dismissed"))
 
     def joined(self, node: str) -> bool:
@@ -288,7 +270,7 @@ class Hub(Node):
             return
         right = self._rights[socket]
         refusal = self._refusal(hello, right)
-        if refusal is not None and right is Right.WORK and not self._work_is_open:
+        if refusal is not None and right is Right.WORK and not self._admission.is_open:
             # Whom to expect is still being read; it says hello again in a moment.
             self.counters["early_hellos"] += 1
             return
@@ -315,34 +297,10 @@ class Hub(Node):
         self._send(link, _control(Kind.WELCOME, hello.node, self.name, welcome))
 
     def _refusal(self, hello: Hello, right: Right) -> str | None:
-        if not valid_node(hello.node) or hello.node == self.name:
-            return "that name cannot be a node's"
-        if hello.instance == self.instance:
-            return "that instance number is the hub's"
-        if len(self._links) >= LINKS_LIMIT and hello.node not in self._links:
+        present = self._links.get(hello.node)
+        if present is None and len(self._links) >= LINKS_LIMIT:
             return f"{LINKS_LIMIT} nodes are connected already"
-        if right is not Right.WORK:
-            if not hello.node.startswith(CLIENT_PREFIX):
-                return f"a node on this endpoint is named {CLIENT_PREFIX}..."
-            old = self._links.get(hello.node)
-            # The instance number travels in every ask, so it proves nothing; the token does.
-            if old is not None and (
-                old.hello.instance != hello.instance
-                or not hmac.compare_digest(token_digest(old.hello.token), token_digest(hello.token))
-            ):
-                return "a client of that name is connected"
-            return None
-        expected = self._expected.get(hello.node)
-        if expected is None:
-            return f"{hello.node} is not expected"
-        if not hmac.compare_digest(expected.token_digest, token_digest(hello.token)):
-            return f"{hello.node}: the token is wrong"
-        if expected.generation != hello.generation:
-            return (
-                f"{hello.node}: generation {hello.generation} has been replaced by "
-                f"{expected.generation}"
-            )
-        return None
+        return self._admission.refusal(hello, right, present.hello if present else None)
 
     def _take_message(self, link: _Link, envelope: Envelope) -> None:
         """An ASK or TELL: deliver here, forward, or refuse."""

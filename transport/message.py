@@ -61,8 +61,11 @@ class Message(BaseModel):
         if not tag:
             return
         known = _registry.get((tag, version))
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise TypeError(f"message {tag!r} version {version} is already {known.__qualname__}")
+        if known is not None:
+            raise TypeError(
+                f"message {tag!r} version {version} is already "
+                f"{known.__module__}.{known.__qualname__}"
+            )
         cls.tag, cls.version, cls.right, cls.changes = tag, version, right, changes
         _registry[tag, version] = cls
 

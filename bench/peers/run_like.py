@@ -18,8 +18,9 @@ from kit.measure import import_from_bench
 from voidbus.actors.runtime.actor import Actor, Place, handles
 from voidbus.actors.runtime.system import System
 from voidbus.transport.access import ipc_endpoints, secure_directory
+from voidbus.transport.admission import token_digest
 from voidbus.transport.delivery import Delivery
-from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.hub import Hub
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
 

@@ -191,7 +191,8 @@ def test_every_message_is_documented_with_its_right_and_fields(
 ) -> None:
     for tag, message in messages().items():
         assert tag in rows, f"docs/messages.md lacks {tag}"
-        right = message.right.name.lower() + (", command" if message.changes else "")
+        right = message.right.name.lower() if message.right is not None else "-"
+        right += ", command" if message.changes else ""
         assert rows[tag][1] == right, f"{tag}: its right is {right}"
         assert names(rows[tag][2]) == fields_of(message), f"{tag}: its fields are others"
 
@@ -334,7 +335,7 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_named_in_a_document_exists(document: Path) -> None:
     for text in _CODE.findall(prose(document)):
-        path = text.split()[0]
+        path = text.split()[0].partition("::")[0]
         top = path.partition("/")[0]
         is_file_at_the_top = "/" not in path and re.fullmatch(r"[A-Z]+\.md|pyproject\.toml", path)
         if (top in _OURS and "/" in path) or is_file_at_the_top:

@@ -20,28 +20,29 @@ from voidbus.transport.access import (
     ipc_endpoints,
     secure_directory,
 )
+from voidbus.transport.admission import token_digest
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
-from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.hub import Hub
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
 
 TRANSPORTS = ("inproc", "ipc", "tcp")
 
 
-class Look(Message, tag="kit.look", right=Right.OBSERVE):
+class Look(Message, tag="bus.kit.look", right=Right.OBSERVE):
     text: str = ""
 
 
-class Change(Message, tag="kit.change", right=Right.OPERATE, changes=True):
+class Change(Message, tag="bus.kit.change", right=Right.OPERATE, changes=True):
     text: str = ""
 
 
-class Work(Message, tag="kit.work", right=Right.WORK):
+class Work(Message, tag="bus.kit.work", right=Right.WORK):
     text: str = ""
 
 
-class Answer(Message, tag="kit.answer", right=Right.OBSERVE):
+class Answer(Message, tag="bus.kit.answer", right=Right.OBSERVE):
     text: str = ""
 
 

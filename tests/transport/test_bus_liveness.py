@@ -13,9 +13,9 @@ import pytest
 from transport_kit import Answer, Bus, Echo, Look, Mute, Signal, Work
 
 from voidbus.transport.access import ipc_endpoints, secure_directory
+from voidbus.transport.admission import token_digest
 from voidbus.transport.delivery import Ask
 from voidbus.transport.fault import Fault, FaultReason
-from voidbus.transport.hub import token_digest
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Right
 

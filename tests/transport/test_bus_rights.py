@@ -10,10 +10,11 @@ import zmq
 from transport_kit import Answer, Bus, Change, Echo, Look, Mute, Signal, Work
 
 from voidbus.transport.access import ipc_endpoints, secure_directory
+from voidbus.transport.admission import token_digest
 from voidbus.transport.control import Hello
 from voidbus.transport.envelope import Envelope, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
-from voidbus.transport.hub import Hub, token_digest
+from voidbus.transport.hub import Hub
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
 
