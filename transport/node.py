@@ -237,13 +237,10 @@ class Node(ABC):
         if address.node == self.name:
             return self._deliver_here(
                 Delivery(
-                    address.path,
-                    sender,
-                    message,
-                    attachments=attachments,
-                    deadline=deadline,
-                    trace=trace,
+                    address.path, sender, message, deadline, attachments=attachments, trace=trace
                 )
+                if attachments or trace
+                else Delivery(address.path, sender, message, deadline)
             )
         try:
             body = message.to_json()

@@ -299,9 +299,11 @@ class Actor(pykka.ThreadingActor):
             self.on_start()
             self.system.started(self)
             while not self._ending():
-                wait = self._timers.run_due(self._ending)
-                if self._ending():
-                    break
+                wait = None
+                if self._timers:  # mostly there are none, and to look costs a message's fifth
+                    wait = self._timers.run_due(self._ending)
+                    if self._ending():
+                        break
                 item = self.mailbox.get(wait)
                 if item is not None:
                     self.handled += 1
@@ -316,7 +318,7 @@ class Actor(pykka.ThreadingActor):
     def _take(self, item: Item) -> None:
         if not isinstance(item, Delivery):
             item()
-        elif item.expired:
+        elif _monotonic() >= item.deadline:
             self._drop(item, FaultReason.EXPIRED, "its deadline passed in the mailbox")
         else:
             self._handle(item)

@@ -35,6 +35,10 @@ class TimerQueue:
         self._number = 0
         self._sweep_at = _SWEEP_AT_LEAST
 
+    def __bool__(self) -> bool:
+        """Whether any timer is set, also one that was cancelled since."""
+        return bool(self._heap)
+
     def __len__(self) -> int:
         return len(self._heap)
 
