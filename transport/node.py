@@ -235,13 +235,10 @@ class Node(ABC):
         address = parse_address(dest) if isinstance(dest, str) else dest
         deadline = _monotonic() + timeout
         if address.node == self.name:
-            return self._deliver_here(
-                Delivery(
-                    address.path, sender, message, deadline, attachments=attachments, trace=trace
-                )
-                if attachments or trace
-                else Delivery(address.path, sender, message, deadline)
-            )
+            delivery = Delivery(address.path, sender, message, deadline)
+            if attachments or trace:
+                delivery.attachments, delivery.trace = attachments, trace
+            return self._deliver_here(delivery)
         try:
             body = message.to_json()
         except ValueError:

@@ -114,8 +114,12 @@ class Mailbox:
         shed: Item | None = None
         with self._lock:
             if not control and not self._closed and len(self._data) < self.limit:
-                self._data.append((_monotonic(), item))  # the one case that has to be quick
-                self._accepted()
+                # The one case that has to be quick.
+                self._data.append((_monotonic(), item))
+                self.accepted += 1
+                if self._waiting:
+                    self._waiting = False
+                    self._ready.release()
                 return None
             if self._closed:
                 self.refused += 1
