@@ -185,7 +185,12 @@ class RunActor(Supervisor):
             return
         self._machine = outcome.machine
         self._phase = Phase.WORKING
-        self.emit("machine.started", f"machine {outcome.machine} is up")
+        self.emit(
+            "machine.started",
+            f"machine {outcome.machine} is up; isolation: {outcome.isolation}",
+            level="warn" if outcome.isolation == "none" else "info",
+            payload={"machine": outcome.machine, "isolation": outcome.isolation},
+        )
         self._report_progress()
         try:
             self._workload = self._make_workload(self, outcome.sidecar_url)

@@ -126,7 +126,13 @@ class VmActor(Actor):
                 delivery.fail(FaultReason.FAILED, str(outcome)[: 2 * _WORDS_LIMIT])
                 return
             self._channel, url = outcome
-            delivery.reply(MachineReady(machine=self._machine.name, sidecar_url=url))
+            delivery.reply(
+                MachineReady(
+                    machine=self._machine.name,
+                    isolation=self._machine.isolation,
+                    sidecar_url=url,
+                )
+            )
             if self._end_reason is not None:
                 self._look_for_end()
 

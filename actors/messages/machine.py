@@ -16,9 +16,11 @@ class StartMachine(Message, tag="machine.start"):
 
 
 class MachineReady(Message, tag="machine.ready"):
-    """The guest answers. `sidecar_url` is how a program in the guest reaches the sidecar."""
+    """The guest answers. `isolation` says what is between it and the host; `sidecar_url` is how a
+    program in the guest reaches the sidecar."""
 
     machine: str
+    isolation: str
     sidecar_url: str | None = None
 
 

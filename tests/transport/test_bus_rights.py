@@ -12,7 +12,7 @@ from transport_kit import Answer, Bus, Change, Echo, Look, Mute, Signal, Work
 from voidbus.transport.access import ipc_endpoints, secure_directory
 from voidbus.transport.admission import token_digest
 from voidbus.transport.control import Hello
-from voidbus.transport.envelope import Envelope, Kind, read_envelope
+from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.hub import Hub
 from voidbus.transport.leaf import Leaf
@@ -241,3 +241,47 @@ def test_a_hub_that_is_still_reading_whom_to_expect_refuses_nobody(tmp_path: Pat
         leaf.close()
         stranger.close()
         hub.close()
+
+
+@pytest.mark.parametrize("right", list(Right))
+def test_a_frame_over_the_limit_costs_its_sender_the_connection_and_nobody_else(
+    ipc_bus: Bus, right: Right
+) -> None:
+    ipc_bus.hub.attach("echo", Echo())
+    client = ipc_bus.leaf("client-a")
+    raw = Raw(ipc_bus, right)
+    raw.send(Envelope(Kind.PING, "hub/", "x/"))
+    assert read_envelope(raw.socket.recv_multipart()).kind is Kind.UNKNOWN_LINK
+    raw.socket.send(b"x" * (ATTACHMENT_LIMIT + 1))
+    for _ in range(3):
+        answer = client.ask("hub/echo", Look(text="after"), timeout=5).result()
+        assert answer == Answer(text="after")
+    raw.socket.close()
+
+
+def test_a_reply_from_a_node_that_was_not_asked_is_dropped(ipc_bus: Bus) -> None:
+    asked, liar = ipc_bus.leaf("run-1", Right.WORK), Raw(ipc_bus, Right.WORK)
+    mute = Mute()
+    asked.attach("mute", mute)
+    ipc_bus.hub.expect("run-2", token_digest("raw"), 0)
+    assert liar.hello("run-2", 9) is Kind.WELCOME
+    ask = ipc_bus.hub.ask("run-1/mute", Work(), timeout=0.5)
+    mute.wait_for(1)
+    body = Answer(text="a lie").to_json()
+    for number in range(1, 20):  # the numbers of asks are no secret: they are counted
+        liar.send(
+            Envelope(
+                Kind.REPLY,
+                "hub/",
+                "run-2/x",
+                origin=ipc_bus.hub.instance,
+                sequence=number,
+                tag=Answer.tag,
+                body=body,
+            )
+        )
+    outcome = ask.wait()
+    assert isinstance(outcome, Fault)
+    assert outcome.reason is FaultReason.EXPIRED
+    assert ipc_bus.hub.counters["late_replies"] == 19
+    liar.socket.close()

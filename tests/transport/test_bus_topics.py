@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,25 @@ def test_a_subscriber_that_comes_in_the_middle_costs_the_others_nothing(tmp_path
         assert not gaps.seen
     finally:
         bus.close()
+
+
+def test_a_hub_that_is_started_again_begins_a_new_count_and_no_gap(ipc_bus: Bus) -> None:
+    client = ipc_bus.leaf("client-a")
+    got, gaps = Signal(), Signal()
+    subscription = client.subscribe("t", got, gaps)
+    assert subscription.wait_ready(5)
+    for _ in range(5):
+        ipc_bus.hub.publish("t", Look())
+    got.wait(lambda seen: len(seen) == 5)
+    ipc_bus.hub.close()
+    hub = ipc_bus.start_hub()
+
+    # The subscription comes when the sockets are connected again, some time after the hub is up.
+    deadline = time.monotonic() + 10
+    while len({p.epoch for p in got.seen}) < 2 and time.monotonic() < deadline:
+        last = hub.publish("t", Look())
+        threading.Event().wait(0.01)
+    seen = got.wait(lambda seen: seen[-1].number >= last)
+    assert not gaps.seen
+    numbers = [p.number for p in seen if p.epoch == hub.instance]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
