@@ -103,6 +103,7 @@ class RunProcess:
                 input_text=config.input,
                 policy=self._policy,
                 sidecar_url=url,
+                base=Path(config.spec_name).parent,
             ),
             desk=desk,
             default_grace=(

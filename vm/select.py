@@ -23,9 +23,9 @@ def select_machine(mode: str) -> Selection:
         return Selection(
             ProcessMachine, "sandbox.mode is mock: a local process, without any isolation"
         )
-    if mode in ("auto", "local"):
+    if mode in ("auto", "local", "kvm", "qemu"):
         raise MachineError(
             f"sandbox.mode {mode!r} needs a virtual machine, and this release has no backend for "
             "one; set `sandbox.mode: mock` to run the program as a local process without isolation"
         )
-    raise MachineError(f"sandbox.mode {mode!r} is not known; it is auto, local or mock")
+    raise MachineError(f"sandbox.mode {mode!r} is not known; it is auto, local, kvm, qemu or mock")

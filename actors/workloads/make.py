@@ -42,8 +42,12 @@ def make_workload(
     input_text: str | None,
     policy: Policy | None,
     sidecar_url: str | None,
+    base: Path = Path(),
 ) -> Workload:
-    """The workload of a specification that `require_supported` let pass."""
+    """The workload of a specification that `require_supported` let pass.
+
+    `base` is the specification's folder: relative paths in it start there.
+    """
     env = dict(resolve_env(spec.sandbox.env, host_env))
     if sidecar_url is not None:
         env["VOID_SIDECAR_URL"] = sidecar_url
@@ -69,22 +73,22 @@ def make_workload(
             env=env,
             program=_AGENT_PROGRAM,
             model=llm.model if llm is not None and takes_model else None,
-            skills=_skills(spec),
+            skills=_skills(spec, base),
             input_text=input_text,
             stage_timeout=stage_timeout,
         )
     return Sandbox(conductor, dict(spec.sandbox.env))  # of this kind they are not resolved
 
 
-def _skills(spec: RunSpec) -> dict[str, str]:
-    """Skill files by name: inline ones, `file:` ones, and the messaging skill."""
+def _skills(spec: RunSpec, base: Path) -> dict[str, str]:
+    """Skill files by name: inline ones, `file:` ones below `base`, and the messaging skill."""
     assert spec.agent is not None
     skills: dict[str, str] = {}
     for skill in spec.agent.skills:
         if isinstance(skill, InlineSkill):
             skills[skill.name] = skill.content
         elif isinstance(skill, ReferenceSkill) and skill.type == "file":
-            path = Path(skill.value)
+            path = base / skill.value
             with path.open("rb") as file:
                 skills[path.stem] = file.read(_SKILL_LIMIT).decode(errors="replace")
     if spec.agent.messaging.enabled:

@@ -298,6 +298,18 @@ def test_a_run_process_that_gives_up_says_why(supervisor: Supervisor, client: Cl
     assert error == "its process ended: killed by SIGKILL; its log ends: out of cheese"
 
 
+def test_a_skill_file_is_looked_for_beside_the_specification(
+    client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "scouting.md").write_text("# Scouting")
+    spec = agent_spec(tmp_path, "scout")
+    spec.write_text(spec.read_text() + '  skills: ["file:scouting.md"]\n')
+    run_id = client.start(spec)
+    assert client.wait_end(run_id).status is RunStatus.SUCCEEDED
+    said = [event.message for event in client.events(run_id)]
+    assert any("scouting" in message and "Skills" in message for message in said)
+
+
 def test_nothing_is_left_of_runs_that_ended(
     supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
