@@ -463,8 +463,6 @@ class Node(ABC):
                 envelope.frames()
             except FrameError as error:
                 return FaultReason.TOO_LARGE, str(error)
-        if envelope.kind is Kind.PUBLISH:
-            return self._loop.submit_in_turn(envelope)
         return self._loop.submit(envelope)
 
     def next_timer(self) -> float | None:

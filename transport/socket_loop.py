@@ -1,13 +1,8 @@
-"""The thread that reads a node's sockets, the queue to them, and the lock they are used under.
+"""The thread that owns a node's sockets, and the queue to it.
 
-ZeroMQ's sockets are not thread-safe, but may be used by one thread after another with a full
-memory barrier between (zmq_socket(3)); a lock is one. So the node's thread owns the sockets and
-their timers, and a sender who finds the lock free and the queue empty sends by itself: an ask
-across processes then costs two changes of thread less, 25 us each, of the 265 us it cost.
-
-While it sleeps, the thread waits on the sockets' descriptors (ZMQ_FD) and calls nothing of
-ZeroMQ. Such a descriptor tells of a change once: whoever has used a socket must look whether
-something to read has come meanwhile (zmq_getsockopt(3), ZMQ_FD).
+ZeroMQ's sockets are not thread-safe: only this thread uses them. While it sleeps it waits on their
+descriptors (ZMQ_FD). Such a descriptor tells of a change once: whoever has used a socket must look
+whether something to read has come meanwhile (zmq_getsockopt(3), ZMQ_FD).
 """
 
 from __future__ import annotations
@@ -33,21 +28,18 @@ _log = logging.getLogger("voidbus.transport")
 
 # Messages read from one socket before the others get their turn.
 _BURST = 256
-# Envelopes that come faster than this (seconds) are queued for the thread, which sends them
-# together: 38,000 asks a second with 500 under way, 14,000 where each was sent by its asker.
-_BURST_GAP = 100e-6
 # The longest sleep (milliseconds): poll's timeout is a C int and a deadline may be any time.
 _LONGEST_SLEEP = 3_600_000
 
 
 class LoopOwner(Protocol):
-    """The node behind a loop. All of it is called under the lock."""
+    """The node behind a loop. All of it is called on the thread."""
 
     def open_sockets(self) -> None:
-        """Open the sockets, on the thread."""
+        """Open the sockets."""
 
     def close_sockets(self) -> None:
-        """Close them in a fixed order, on the thread."""
+        """Close them in a fixed order."""
 
     def sockets(self) -> Sequence[zmq.Socket[bytes]]:
         """The sockets to read."""
@@ -56,7 +48,7 @@ class LoopOwner(Protocol):
         """A message came."""
 
     def transmit(self, envelope: Envelope) -> None:
-        """Send an envelope; by whichever thread."""
+        """Send an envelope."""
 
     def next_timer(self) -> float | None:
         """When `on_timer` has something to do next (monotonic)."""
@@ -82,7 +74,6 @@ class SocketLoop:
         self._counters = counters
         self._queue_limit = queue_limit
         self._queue_bytes = queue_bytes
-        self._lock = threading.Lock()
         self._queue_lock = threading.Lock()
         self._outbound: deque[Envelope] = deque()
         self._outbound_bytes = 0
@@ -94,11 +85,9 @@ class SocketLoop:
         self._poller = select.poll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
-        self._submitted_at = 0.0
         self._sleeping = False
         self._timers_changed = False
         self._wake_at: float | None = None
-        self._open = False
         self.closing = False
         self.closed = False
         self._thread = threading.Thread(target=self._run, name=f"bus-{name}", daemon=True)
@@ -109,14 +98,9 @@ class SocketLoop:
         self._thread.start()
 
     def submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
-        """Send an envelope, now or after those before it; the reason where it can't be taken."""
+        """Queue an envelope; the reason where it can't be taken."""
         if self.closing:
             return FaultReason.CLOSED, "this node was closed"
-        now = _monotonic()
-        in_a_burst = now - self._submitted_at < _BURST_GAP
-        self._submitted_at = now
-        if not in_a_burst and self._sent_directly(envelope):
-            return None
         size = envelope.size
         with self._queue_lock:
             has_room = (
@@ -132,19 +116,8 @@ class SocketLoop:
         self.wake_if_asleep()
         return None
 
-    def submit_in_turn(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
-        """Like `submit`, but always by the thread: for envelopes that call subscribers here."""
-        with self._queue_lock:
-            if len(self._outbound) >= self._queue_limit or self.closing:
-                self._counters["outbound_full"] += 1
-                return FaultReason.OVERLOADED, "this node's outbound queue is full"
-            self._outbound_bytes += envelope.size
-            self._outbound.append(envelope)
-        self.wake_if_asleep()
-        return None
-
     def call(self, function: Callable[[], object]) -> None:
-        """Run `function` on the thread, under the lock."""
+        """Run `function` on the thread."""
         if not self.closing:
             self._calls.append(function)
             self.wake_if_asleep()
@@ -187,7 +160,7 @@ class SocketLoop:
                 self.closed = True
                 os.close(self._wake_fd)
 
-    # -- for whoever holds the lock --------------------------------------------------------
+    # -- for the owner, on the thread ------------------------------------------------------
 
     def send(self, socket: zmq.Socket[bytes], frames: Sequence[bytes]) -> None:
         """Send one message. Raises zmq.Again and other ZMQErrors."""
@@ -195,7 +168,7 @@ class SocketLoop:
         send_frames(socket, frames)
 
     def defer(self, function: Callable[[], object]) -> None:
-        """Run `function` on the thread without the lock, last before it sleeps.
+        """Run `function` last before the thread sleeps.
 
         What came is handed over so: that wakes a thread, which needs the interpreter's lock at
         once; woken any earlier it would find that taken, sleep, and be woken a second time.
@@ -203,7 +176,7 @@ class SocketLoop:
         self._deferred.append(function)
 
     def sockets_changed(self) -> None:
-        """The owner has other sockets now. Called on the thread."""
+        """The owner has other sockets now."""
         for fd in self._by_fd:
             with contextlib.suppress(KeyError):
                 self._poller.unregister(fd)
@@ -214,51 +187,22 @@ class SocketLoop:
         self._touched.clear()
         self._unread = set(self._by_fd.values())
 
-    # -- sending without the thread --------------------------------------------------------
-
-    def _sent_directly(self, envelope: Envelope) -> bool:
-        """Send it here and now, if nobody uses the sockets and nothing is queued before it."""
-        if self._outbound or not self._lock.acquire(blocking=False):
-            return False
-        try:
-            if self._outbound or not self._open:
-                return False
-            self._owner.transmit(envelope)
-            self._look_again()
-        finally:
-            self._lock.release()
-        if self._unread or self._deferred:
-            self.wake_if_asleep()
-        return True
-
-    def _look_again(self) -> None:
-        """Note which of the sockets just used have something to read."""
-        while self._touched:
-            socket = self._touched.pop()
-            if not socket.closed and readable(socket):
-                self._unread.add(socket)
-
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
         self._poller.register(self._wake_fd, select.POLLIN)
         try:
-            with self._lock:
-                self._owner.open_sockets()
-                self.sockets_changed()
-                self._open = True
+            self._owner.open_sockets()
+            self.sockets_changed()
             with contextlib.suppress(zmq.error.ContextTerminated):
                 self._loop()
         finally:
-            with self._lock:
-                self._open = False
-                self._owner.close_sockets()
+            self._owner.close_sockets()
 
     def _loop(self) -> None:
         while True:
             self._sleep()
-            with self._lock:
-                self._work()
+            self._work()
             while self._deferred:
                 self.guard(self._deferred.popleft())
             if self.closing and not self._outbound:
@@ -299,6 +243,13 @@ class SocketLoop:
         self._owner.on_timer(_monotonic())
         self._wake_at = self._owner.next_timer()
         self._look_again()
+
+    def _look_again(self) -> None:
+        """Note which of the sockets just used have something to read."""
+        while self._touched:
+            socket = self._touched.pop()
+            if not socket.closed and readable(socket):
+                self._unread.add(socket)
 
     def _drain(self, socket: zmq.Socket[bytes]) -> None:
         """Read up to a burst of messages from a socket."""
