@@ -200,13 +200,14 @@ class GuestChannel(Multiplexer):
         self._call(MessageType.FILE_STAT, body, messages.decode_file_stat, timeout)
 
     def shutdown(self, timeout: float) -> bool:
-        """Ask the guest to power off; True when the connection ended within ``timeout``."""
+        """Ask the guest to power off; True when the connection ended within ``timeout`` seconds,
+        False too when the guest can't be asked any more."""
         try:
             with self._lock:
                 request_id = next(self._ids)
             self._sender.put(encode_message(MessageType.SHUTDOWN, request_id))
         except ChannelFault:
-            return self._ended is not None
+            return False
         self._reader.join(timeout)
         return not self._reader.is_alive()
 

@@ -18,32 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from voidbus.vm.channel import GuestChannel
-from voidbus.vm.connect import Connected, connect_guest
-from voidbus.vm.faults import ChannelFault, FaultReason
+from voidbus.vm.agent_machine import KILL_SECONDS, AgentMachine
 from voidbus.vm.guest.descendants import descendants, kill_descendants, send_signal, stat_fields
-from voidbus.vm.machine import (
-    Forward,
-    Lease,
-    Machine,
-    MachineError,
-    MachineExit,
-    MachineSpec,
-    StopStep,
-)
+from voidbus.vm.machine import Lease, MachineError, MachineExit, MachineSpec
 
-CONSOLE_BYTES = 64 * 1024
 _GUEST = Path(__file__).resolve().parent.parent / "guest"
 _SIDECAR = _GUEST.parent.parent / "sidecar"
-
-# A local stream loses nothing, so one patient try is the quickest.
-_PONG_WAIT = (1.0, 5.0)
-
-_KILL_SECONDS = 2.0
-"""The small constant on top of a stop's grace: what killing the whole tree may take."""
-
-_PORT_SECONDS = 1.0
-"""How long a forwarded port may still be held by the connection before this one."""
 
 TOOLS = {
     "claudio": _GUEST / "claudio.py",
@@ -53,12 +33,15 @@ TOOLS = {
 """Programs every guest has, and the file each of them is."""
 
 
-class ProcessMachine(Machine):
+class ProcessMachine(AgentMachine):
     """The guest agent as a child process. Everything below it ends with it, with this object's
     process, and with ``kill``; see ``vm/guest/agent.py`` for how."""
 
     name: ClassVar[str] = "process"
     isolation: ClassVar[str] = "none"
+
+    # A local stream loses nothing, so one patient try is the quickest.
+    pong_wait = (1.0, 5.0)
 
     def __init__(
         self,
@@ -68,51 +51,22 @@ class ProcessMachine(Machine):
         on_lease: Callable[[Lease], None],
     ) -> None:
         super().__init__(spec, on_exit=on_exit, on_lease=on_lease)
-        self._lock = threading.Lock()
-        self._start_lock = threading.Lock()
-        self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._watcher: threading.Thread | None = None
-        self._channels: list[GuestChannel] = []
-        self._gone = threading.Event()
-        self._console = bytearray()
-        self._console_lock = threading.Lock()
 
     # -- start ----------------------------------------------------------------------------
 
-    def start(self, timeout: float) -> GuestChannel:
-        deadline = time.monotonic() + timeout
-        with self._start_lock:
-            if self._child is not None:
-                raise MachineError(f"machine {self.spec.name}: started already")
-            try:
-                self._spawn()
-            except OSError as error:
-                raise MachineError(
-                    f"machine {self.spec.name}: the guest agent could not be started: {error}; "
-                    f"check the scratch directory {self.spec.scratch}"
-                ) from error
-            try:
-                return self._open_channel(deadline - time.monotonic())
-            except MachineError:
-                self.kill()
-                raise
-
-    def reconnect(self, timeout: float) -> GuestChannel:
-        with self._start_lock:
-            if self._child is None:
-                raise MachineError(f"machine {self.spec.name}: not started")
-            with self._lock:
-                old, self._channels = self._channels, []
-            for channel in old:
-                channel.close()
-            return self._open_channel(timeout)
+    def _launch(self, deadline: float) -> None:
+        try:
+            self._spawn()
+        except OSError as error:
+            raise MachineError(
+                f"machine {self.spec.name}: the guest agent could not be started: {error}; "
+                f"check the scratch directory {self.spec.scratch}"
+            ) from error
 
     def _spawn(self) -> None:
-        with self._lock:
-            if self._stopping.is_set():
-                raise MachineError(f"machine {self.spec.name}: stopped")
         self._write_tools()
         ours, theirs = socket.socketpair()
         console, console_in = os.pipe2(os.O_CLOEXEC)
@@ -175,53 +129,6 @@ class ProcessMachine(Machine):
             path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             path.chmod(0o755)
 
-    def _open_channel(self, timeout: float) -> GuestChannel:
-        deadline = time.monotonic() + timeout
-        try:
-            channel = GuestChannel(self._dial(timeout), dial=self._dial, name=self.spec.name)
-        except ChannelFault as fault:
-            raise self._failure(fault.detail) from fault
-        with self._lock:
-            stopped = self._stopping.is_set()
-            if not stopped:
-                self._channels.append(channel)
-        if stopped:
-            channel.close()
-            raise self._failure("stopped")
-        try:
-            for forward in self.spec.forwards:
-                self._forward(channel, forward, deadline)
-        except ChannelFault as fault:
-            raise self._failure(fault.detail) from fault
-        return channel
-
-    def _forward(self, channel: GuestChannel, forward: Forward, deadline: float) -> None:
-        pause = threading.Event()
-        busy_until = min(deadline, time.monotonic() + _PORT_SECONDS)
-        while True:
-            left = max(0.0, deadline - time.monotonic())
-            try:
-                channel.listen_forward(forward.guest_port, forward.host, left)
-                return
-            except ChannelFault as fault:
-                if fault.reason != FaultReason.REFUSED or time.monotonic() >= busy_until:
-                    raise
-                pause.wait(0.02)
-
-    def _dial(self, timeout: float) -> Connected:
-        return connect_guest(
-            self._connect,
-            self.spec.secret,
-            timeout,
-            pong_wait=_PONG_WAIT,
-            given_up=self._given_up,
-        )
-
-    def _given_up(self) -> str | None:
-        if self._stopping.is_set():
-            return "stopped"
-        return "the guest agent has ended" if self._gone.is_set() else None
-
     def _connect(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         try:
@@ -235,16 +142,6 @@ class ProcessMachine(Machine):
         finally:
             theirs.close()
         return ours
-
-    def _failure(self, detail: str) -> MachineError:
-        name = self.spec.name
-        if self._stopping.is_set():
-            return MachineError(f"machine {name}: stopped")
-        lines = self.console().decode(errors="replace").splitlines()[-10:]
-        said = "its console: " + " | ".join(lines) if lines else "its console is empty"
-        return MachineError(
-            f"machine {name}: {detail}; {said}; start it again, with more time if it was slow"
-        )
 
     # -- the guest's life -----------------------------------------------------------------
 
@@ -264,12 +161,12 @@ class ProcessMachine(Machine):
                     break
                 for fd in ready:
                     if fd == console and (data := os.read(console, 4096)):
-                        self._keep(data)
+                        self._console.add(data)
                         continue
                     poll.unregister(fd)
                     left.discard(fd)
                     if fd == pidfd:
-                        deadline = time.monotonic() + _KILL_SECONDS
+                        deadline = time.monotonic() + KILL_SECONDS
         finally:
             os.close(console)
             os.close(pidfd)
@@ -284,39 +181,11 @@ class ProcessMachine(Machine):
             reason = f"the guest agent ended with exit code {code}"
         self._on_exit(MachineExit(reason, code if code >= 0 else 128 - code))
 
-    def _keep(self, data: bytes) -> None:
-        with self._console_lock:
-            self._console += data
-            del self._console[:-CONSOLE_BYTES]
-
-    def console(self) -> bytes:
-        with self._console_lock:
-            return bytes(self._console)
-
     # -- stop -----------------------------------------------------------------------------
 
-    def stop(self, grace: float) -> StopStep:
-        deadline = time.monotonic() + grace
-        with self._lock:
-            self._stopping.set()
-            child = self._child
-            channel = self._channels[-1] if self._channels else None
-        if child is None or self._gone.is_set():
-            return StopStep.ALREADY_GONE
-        if channel is not None and channel.shutdown(grace / 2):
-            self._gone.wait(max(0.0, deadline - time.monotonic()))
-            if self._gone.is_set():
-                return StopStep.SHUTDOWN
-        self._signal(child, signal.SIGTERM)
-        if self._gone.wait(max(0.0, deadline - time.monotonic())):
-            return StopStep.TERMINATED
-        self.kill()
-        self._gone.wait(_KILL_SECONDS)
-        return StopStep.KILLED
-
-    def _signal(self, child: subprocess.Popen[bytes], number: int) -> None:
-        if not self._gone.is_set():
-            child.send_signal(number)  # does nothing once it was reaped
+    def _terminate(self) -> None:
+        if self._child is not None and not self._gone.is_set():
+            self._child.send_signal(signal.SIGTERM)  # does nothing once it was reaped
 
     def kill(self) -> None:
         with self._lock:
@@ -331,20 +200,15 @@ class ProcessMachine(Machine):
             with contextlib.suppress(OSError):
                 control.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
-        self.kill()
-        with self._start_lock:  # a start under way has seen the kill and ends
-            child = self._child
-            if child is not None and not self._gone.wait(_KILL_SECONDS):
-                # The warden does not run (stopped, or stuck): do its work from here.
-                kill_descendants(child.pid, _KILL_SECONDS, spare=(child.pid,))
-                child.kill()
-            if self._watcher is not None:
-                self._watcher.join()
-            with self._lock:
-                channels, self._channels = self._channels, []
-                control, self._control = self._control, None
-            for channel in channels:
-                channel.close()
-            if control is not None:
-                control.close()
+    def _release(self) -> None:
+        child = self._child
+        if child is not None and not self._gone.wait(KILL_SECONDS):
+            # The warden does not run (stopped, or stuck): do its work from here.
+            kill_descendants(child.pid, KILL_SECONDS, spare=(child.pid,))
+            child.kill()
+        if self._watcher is not None:
+            self._watcher.join()
+        with self._lock:
+            control, self._control = self._control, None
+        if control is not None:
+            control.close()
