@@ -1,0 +1,1 @@
+"""The user-mode network of a machine, and what may pass through it."""
