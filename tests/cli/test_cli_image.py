@@ -1,0 +1,107 @@
+"""`voidbus image`: building and looking after guest images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from voidbus.vm.image import build as building
+from voidbus.vm.image import store
+from voidbus.vm.image.fault import ImageError
+from voidbus.vm.image.manifest import Manifest, Part
+from voidbus.vm.image.product import Product
+from voidbus.vm.image.store import GuestImage, ImageStore
+
+Voidbus = Callable[..., Any]
+KEY = "0" * 32
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of a user's own, a build that makes a tiny image, and a product of one file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "read_product", lambda: Product("p", ()))
+    monkeypatch.setattr(store, "product_archive", lambda *_: bytes(512))
+    monkeypatch.setattr(building, "build_image", _build)
+    return tmp_path / "voidbus/images"
+
+
+def _build(images: ImageStore, name: str, report: Callable[[str], None]) -> GuestImage:
+    if name != "base":
+        raise ImageError(f"there is no image {name!r}; there is base")
+    report("unpacking packages")
+    with images.new_distribution(KEY) as folder:
+        if folder is not None:
+            (folder / "vmlinux").write_bytes(b"kernel")
+            (folder / "base.cpio").write_bytes(bytes(512))
+            manifest = Manifest(
+                *("base", "6.1", 40 << 20, 512, (Part("bash", "5.2", "ab" * 32, 9),)),
+                programs=("/bin/sh",),
+            )
+            (folder / "manifest.json").write_text(manifest.to_json())
+    images.set_current(name, KEY)
+    return images.current(name)
+
+
+def test_building_says_what_was_made_and_shows_its_steps(voidbus: Voidbus, cache: Path) -> None:
+    result = voidbus("image", "build")
+    assert result.code == 0
+    assert "image base " in result.out
+    assert f"{cache}/distributions/{KEY}/vmlinux" in result.out
+    assert "a machine needs " in result.out
+    assert "voidbus: unpacking packages" in result.err
+
+
+def test_building_prints_one_json_document(voidbus: Voidbus, cache: Path) -> None:
+    document = json.loads(voidbus("image", "build", "base", "--json").out)
+    assert (document["name"], document["kernel_release"], document["current"]) == (
+        *("base", "6.1"),
+        True,
+    )
+    assert document["kernel"] == f"{cache}/distributions/{KEY}/vmlinux"
+    assert [part["name"] for part in document["parts"]] == ["bash", "voidbus"]
+
+
+def test_an_image_that_is_not_known_is_an_error_in_a_line(voidbus: Voidbus, cache: Path) -> None:
+    result = voidbus("image", "build", "other")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "voidbus: error: there is no image 'other'; there is base\n"
+
+
+def test_images_are_listed_with_the_current_one_marked(voidbus: Voidbus, cache: Path) -> None:
+    empty = voidbus("image", "list")
+    assert (empty.code, empty.out) == (0, "")
+    assert "voidbus image build" in empty.err
+    voidbus("image", "build")
+    title, row = voidbus("image", "list").out.splitlines()
+    assert title.split() == ["NAME", "DIGEST", "KERNEL", "UNPACKED", "MEMORY", "CURRENT"]
+    assert row.split()[0] == "base"
+    assert row.split()[-1] == "yes"
+    document = json.loads(voidbus("image", "list", "--json").out)
+    assert document["store"] == str(cache)
+    assert len(document["images"]) == 1
+
+
+def test_damage_is_found_by_verify_which_exits_with_1(voidbus: Voidbus, cache: Path) -> None:
+    voidbus("image", "build")
+    assert voidbus("image", "verify").code == 0
+    (cache / "distributions" / KEY / "vmlinux").write_bytes(b"KERNEL")
+    result = voidbus("image", "verify")
+    assert result.code == 1
+    assert "vmlinux is not what was put there" in result.out
+    document = json.loads(voidbus("image", "verify", "--json").out)
+    assert document["ok"] is False
+    assert len(document["problems"]) == 1
+
+
+def test_cleaning_says_what_it_freed(voidbus: Voidbus, cache: Path) -> None:
+    voidbus("image", "build")
+    (cache / "packages").mkdir()
+    (cache / "packages/old.deb").write_bytes(bytes(100))
+    assert voidbus("image", "clean").out == "1 item removed, 100B freed\n"
+    assert json.loads(voidbus("image", "clean", "--all", "--json").out)["removed"] == 3
+    assert "voidbus image build" in voidbus("image", "list").err

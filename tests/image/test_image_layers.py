@@ -1,0 +1,144 @@
+"""Read-only layers: made once, the same bytes each time, with the owners a guest should see."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from image_kit import link, member, tar
+
+from voidbus.vm.image import layers
+from voidbus.vm.image.fault import ImageError
+from voidbus.vm.image.layers import layer_of_directory, layer_of_tar
+
+needs_squashfs = pytest.mark.needs("squashfs")
+
+
+def listing(layer: Path) -> dict[str, str]:
+    """Mode and owner of each path in a squashfs."""
+    shown = subprocess.run(
+        ["unsquashfs", "-lln", str(layer)], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    found = {}
+    for line in shown.splitlines():
+        match = re.match(r"(\S{10}) (\d+/\d+) .* squashfs-root(\S*)( -> \S+)?$", line)
+        if match:
+            found[match[3] or "/"] = f"{match[1]} {match[2]}{match[4] or ''}"
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tools"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/tool").write_text("#!/bin/sh\n")
+    (folder / "bin/tool").chmod(0o755)
+    (folder / "bin/other").symlink_to("tool")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+@needs_squashfs
+def test_a_directory_becomes_a_layer_owned_by_root(folder: Path, tmp_path: Path) -> None:
+    layer = layer_of_directory(tmp_path / "store", folder)
+    assert listing(layer) == {
+        "/": "drwxr-xr-x 0/0",
+        "/bin": "drwxr-xr-x 0/0",
+        "/bin/other": "lrwxrwxrwx 0/0 -> tool",
+        "/bin/tool": "-rwxr-xr-x 0/0",
+    }
+
+
+@needs_squashfs
+def test_a_directory_that_has_not_changed_is_not_packed_again(folder: Path, tmp_path: Path) -> None:
+    first = layer_of_directory(tmp_path / "store", folder)
+    inode = first.stat().st_ino
+    assert layer_of_directory(tmp_path / "store", folder).stat().st_ino == inode
+    (folder / "bin/more").write_text("x")
+    assert layer_of_directory(tmp_path / "store", folder) != first
+
+
+@needs_squashfs
+def test_files_keep_their_times_and_the_same_directory_gives_the_same_layer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python, for one, believes a file's time. That of the topmost directory is the layer's own."""
+    os.utime(folder / "bin/tool", (1_000_000_000, 1_000_000_000))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "7")
+    monkeypatch.setenv("TZ", "UTC")
+    listings = []
+    for name in ("one", "two"):
+        layer = layer_of_directory(tmp_path / name, folder)
+        shown = subprocess.run(
+            ["unsquashfs", "-lls", str(layer)], capture_output=True, text=True, timeout=30
+        ).stdout.splitlines()
+        listings.append([line for line in shown if not line.endswith("squashfs-root")])
+    assert listings[0] == listings[1]
+    (tool,) = (line for line in listings[0] if line.endswith("/bin/tool"))
+    assert "2001-09-09 01:46" in tool
+
+
+@needs_squashfs
+def test_a_damaged_layer_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    layer = layer_of_directory(tmp_path / "store", folder)
+    good = listing(layer)
+    layer.write_bytes(layer.read_bytes()[:-5000])
+    assert listing(layer_of_directory(tmp_path / "store", folder)) == good
+
+
+@needs_squashfs
+def test_a_tar_keeps_its_owners_and_unusual_names(tmp_path: Path) -> None:
+    content = tar(
+        member("home/me", None, uid=1000, gid=1000),
+        member("a" * 200, b"x", uid=3_000_000_000),
+        link("l", "x" * 300),
+        member("gr\u00fc\u00dfe", b""),
+    )
+    layer = layer_of_tar(tmp_path, "id", "a tar", lambda out: feed(out, content))
+    found = listing(layer)
+    assert found["/home/me"] == "drwxr-xr-x 1000/1000"
+    assert found["/" + "a" * 200] == "-rw-r--r-- 3000000000/0"
+    assert found["/l"].endswith("-> " + "x" * 300)
+
+
+def feed(out: BinaryIO, content: bytes) -> None:
+    out.write(content)
+
+
+@needs_squashfs
+def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def write(out: BinaryIO) -> None:
+        out.write(tar(member("a", b"x"))[:512])
+        raise ImageError("the layer is bad")
+
+    with pytest.raises(ImageError, match="the layer is bad"):
+        layer_of_tar(tmp_path, "id", "bad", write)
+    assert list((tmp_path / "layers").iterdir()) == []
+
+
+@needs_squashfs
+def test_a_tool_that_fails_is_told_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_OPTIONS", ("-no-such-option",))
+    with pytest.raises(ImageError, match=r"sqfstar ended with \d: .*invalid option"):
+        layer_of_tar(tmp_path, "id", "it", lambda out: feed(out, tar(member("a", b"x" * 100_000))))
+
+
+def test_a_host_without_the_tool_is_told_how_to_get_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("sqfstar") is None
+    with pytest.raises(ImageError, match="sudo apt-get install squashfs-tools"):
+        layer_of_directory(tmp_path / "store", folder)
+
+
+def test_what_is_no_directory_makes_no_layer(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is no directory"):
+        layer_of_directory(tmp_path, tmp_path / "absent")
