@@ -7,6 +7,7 @@ that is meant to have them can't lose them unseen; `all` stands for every one.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -26,9 +27,37 @@ def _can_mount() -> bool:
     return True
 
 
+def _has_image() -> bool:
+    from voidbus.vm.image.store import ImageError, default_store
+
+    try:
+        default_store().current()
+    except ImageError:
+        return False
+    return True
+
+
+def _has_qemu() -> bool:
+    from voidbus.vm.qemu.support import qemu_support
+
+    return qemu_support().works
+
+
+def _has_passt() -> bool:
+    from voidbus.vm.network.user_network import available
+
+    return available() is None
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
+    "image": _has_image,
+    "qemu": _has_qemu,
+    "vm": lambda: _has_qemu() and _has_image(),
+    "passt": _has_passt,
+    "socat": lambda: shutil.which("socat") is not None,
+    "squashfs": lambda: shutil.which("mksquashfs") is not None,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
 }
 

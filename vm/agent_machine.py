@@ -75,8 +75,8 @@ class AgentMachine(Machine):
     def _release(self) -> None:
         """Free every descriptor, thread and process; the guest was killed before."""
 
-    def _ready(self, channel: GuestChannel, deadline: float) -> None:
-        """Called with the first channel before anyone else has it. Raises ChannelFault."""
+    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
+        """Called with each channel before anyone else has it. Raises ChannelFault."""
 
     def _end_reason(self) -> str | None:
         """Why the guest ended, as far as it is known."""
@@ -124,8 +124,7 @@ class AgentMachine(Machine):
             channel.close()
             raise self._failure("stopped")
         try:
-            if first:
-                self._ready(channel, deadline)
+            self._ready(channel, deadline, first=first)
             for forward in self.spec.forwards:
                 self._forward(channel, forward, deadline)
         except ChannelFault as fault:

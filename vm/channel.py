@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from voidbus.vm.connect import Connected
@@ -93,6 +93,7 @@ class GuestChannel(Multiplexer):
         super().__init__(connected, on_lost, name)
         self.forwards: dict[int, int] = {}
         """Ports the guest listens on: the port asked for, to the port it really has."""
+        self._env: tuple[tuple[str, str], ...] = ()
         self._dial = dial
         self._raw = Flags.RAW_BODIES in self.flags
         self._endpoints: dict[int, tuple[str, int] | Path] = {}
@@ -103,6 +104,17 @@ class GuestChannel(Multiplexer):
         self._reader.start()
 
     # -- calls ----------------------------------------------------------------------------
+
+    def configure(self, message: messages.Configure, timeout: float) -> messages.Configured:
+        """Tell a guest that negotiated CONFIGURE what its programs get. Raises ChannelFault.
+        ``configure_guest`` does this for every kind of guest."""
+        body = messages.encode_configure(message)
+        return self._call(MessageType.CONFIGURE, body, messages.decode_configured, timeout)
+
+    def add_env(self, env: tuple[tuple[str, str], ...]) -> None:
+        """Give every program of this channel these variables, under its own: for a guest that
+        can't be told to do it itself."""
+        self._env = env
 
     def exec(
         self,
@@ -127,7 +139,12 @@ class GuestChannel(Multiplexer):
             guarded(on_done, reason)
 
         request = ExecRequest(
-            call.program, call.args, call.stdin, call.env, call.working_dir, call.timeout
+            call.program,
+            call.args,
+            call.stdin,
+            self._merged(call.env),
+            call.working_dir,
+            call.timeout,
         )
         slot = Slot(
             MessageType.EXEC_RESPONSE,
@@ -241,6 +258,7 @@ class GuestChannel(Multiplexer):
         with the exit code or a fault. Raises ChannelFault when it does not open."""
         self._refuse_on_reader()
         deadline = time.monotonic() + timeout
+        call = replace(call, env=self._merged(call.env))
         pty = PtyChannel(self._dial(timeout), call, on_data, on_closed, f"{self._name}-pty")
         with self._lock:
             self._ptys = [other for other in self._ptys if not other.ended]
@@ -293,6 +311,10 @@ class GuestChannel(Multiplexer):
                 pty.close(0)
             self._close_connection()
             self._released = True
+
+    def _merged(self, env: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        own = dict(env)
+        return (*((name, value) for name, value in self._env if name not in own), *env)
 
     # -- forwards -------------------------------------------------------------------------
 

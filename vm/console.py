@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+_PANIC = "Kernel panic"  # kernel/panic.c
+
 CONSOLE_BYTES = 64 * 1024
 
 
@@ -25,7 +27,12 @@ class ConsoleRing:
             return bytes(self._data)
 
     def last_lines(self, count: int) -> str:
-        """The last lines in one, control characters dropped: for an error message."""
+        """The last lines in one, control characters dropped: for an error message. Where a kernel
+        panicked, its own words come first, as its stack would push them out."""
         text = self.value().decode(errors="replace")
-        lines = ("".join(c for c in line if c.isprintable()).strip() for line in text.splitlines())
-        return " | ".join([line for line in lines if line][-count:])
+        stripped = (
+            "".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()
+        )
+        lines = [line for line in stripped if line]
+        panic = [line for line in lines[:-count] if _PANIC in line]
+        return " | ".join([*panic[-1:], *lines[-count:]])

@@ -34,7 +34,10 @@ class Mount:
 @dataclass(frozen=True)
 class MachineSpec:
     """What to run. ``scratch`` is an existing directory that belongs to this machine alone;
-    ``secret`` is 32 bytes; ``allowed_commands`` None allows everything."""
+    ``secret`` is 32 bytes; ``allowed_commands`` None allows everything. ``kernel`` and
+    ``initramfs`` replace the image's own; ``root`` is a local OCI image (see ``unpack_image``)
+    whose file system the programs get; ``host_ports`` are ports of the host's 127.0.0.1 that a
+    guest with ``network`` may reach at its gateway."""
 
     run_id: str
     name: str
@@ -47,6 +50,10 @@ class MachineSpec:
     allowed_commands: tuple[str, ...] | None = None
     mounts: tuple[Mount, ...] = ()
     forwards: tuple[Forward, ...] = ()
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    root: str | None = None
+    host_ports: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,11 @@ class Machine(ABC):
     @abstractmethod
     def kill(self) -> None:
         """End the guest at once. Returns when it is told, not when it is gone."""
+
+    def offer_host_port(self, port: int) -> str | None:
+        """Let the guest reach TCP ``port`` of the host's 127.0.0.1 through its network card; the
+        address it has for the guest, or None for a machine without a card."""
+        return None
 
     @abstractmethod
     def console(self) -> bytes:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from voidbus.vm.machine import Machine, MachineError
-from voidbus.vm.process.machine import ProcessMachine
+from voidbus.vm.support import Support
+
+_UNISOLATED = "set `sandbox.mode: mock` to run the program as a local process without isolation"
 
 
 @dataclass(frozen=True)
@@ -16,16 +19,49 @@ class Selection:
     reason: str
 
 
-def select_machine(mode: str) -> Selection:
+def kvm_support() -> Support:
+    """What this host offers to a machine on /dev/kvm of our own."""
+    return Support(
+        "kvm", False, "not in this release; machines of kind qemu use KVM where it works"
+    )
+
+
+def process_support() -> Support:
+    """The process machine works everywhere."""
+    return Support(
+        "process", True, "without isolation: the agent is an ordinary process of this user"
+    )
+
+
+def qemu_support() -> Support:
+    """What this host offers to QEMU machines."""
+    from voidbus.vm.qemu.support import qemu_support as examine
+
+    return examine()
+
+
+def select_machine(mode: str, qemu: Callable[[], Support] = qemu_support) -> Selection:
     """The backend for a run's ``sandbox.mode``. Only ``mock`` gives a machine without
     isolation; nothing falls back to it. Raises MachineError."""
     if mode == "mock":
+        from voidbus.vm.process.machine import ProcessMachine
+
         return Selection(
             ProcessMachine, "sandbox.mode is mock: a local process, without any isolation"
         )
-    if mode in ("auto", "local", "kvm", "qemu"):
+    if mode == "kvm":
+        raise MachineError(f"sandbox.mode kvm: {kvm_support().detail}; set `sandbox.mode: qemu`")
+    if mode not in ("auto", "local", "qemu"):
         raise MachineError(
-            f"sandbox.mode {mode!r} needs a virtual machine, and this release has no backend for "
-            "one; set `sandbox.mode: mock` to run the program as a local process without isolation"
+            f"sandbox.mode {mode!r} is not known; it is auto, local, kvm, qemu or mock"
         )
-    raise MachineError(f"sandbox.mode {mode!r} is not known; it is auto, local, kvm, qemu or mock")
+    support = qemu()
+    if not support.works:
+        remedy = f": {support.remedy}" if support.remedy else ""
+        raise MachineError(
+            f"sandbox.mode {mode} needs a virtual machine: {support.detail}{remedy}; "
+            f"or {_UNISOLATED}"
+        )
+    from voidbus.vm.qemu.machine import QemuMachine
+
+    return Selection(QemuMachine, support.detail)

@@ -15,7 +15,6 @@ from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import descendants, stat_fields
 from voidbus.vm.machine import MachineError
 from voidbus.vm.process.machine import ProcessMachine
-from voidbus.vm.select import select_machine
 
 
 class TestProcessMachine(MachineConformance):
@@ -106,12 +105,3 @@ class TestProcessMachine(MachineConformance):
 
 def exits(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], WAIT)[0])
-
-
-def test_mock_is_a_process_and_the_others_never_fall_back_to_it() -> None:
-    assert select_machine("mock").machine is ProcessMachine
-    for mode in ("auto", "local"):
-        with pytest.raises(MachineError, match=r"sandbox\.mode: mock"):
-            select_machine(mode)
-    with pytest.raises(MachineError, match="not known"):
-        select_machine("other")

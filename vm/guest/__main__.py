@@ -13,4 +13,4 @@ from pathlib import Path
 folder = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if entry != str(folder)]
 sys.path.append(str(folder.parent))
-sys.exit(importlib.import_module(f"{folder.name}.agent").main(sys.argv[1:]))
+sys.exit(importlib.import_module(f"{folder.name}.warden").main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .descendants import Children
-from .execution import Execution, Identity
+from .execution import Execution
 from .files import Files
 from .forward import StreamPump
 from .frames import (
@@ -24,12 +24,18 @@ from .frames import (
     split_message,
 )
 from .handshake import BASE_PROTOCOL, Flags, accepts, decode_ping, encode_pong
+from .identity import Identity
 from .messages import (
+    CHUNK_BYTES,
+    CHUNK_BYTES_RAW,
+    Configure,
+    Configured,
     ExecChunk,
     ExecResponse,
     Listening,
     Outcome,
     TelemetrySubscription,
+    decode_configure,
     decode_exec_request,
     decode_path,
     decode_port,
@@ -37,6 +43,7 @@ from .messages import (
     decode_signal,
     decode_subscription,
     decode_write_file,
+    encode_configured,
     encode_exec_chunk,
     encode_exec_response,
     encode_file_content,
@@ -47,6 +54,7 @@ from .messages import (
 )
 from .place import Place
 from .pty_session import MAX_SESSIONS, PtySession
+from .rules import Rules
 from .telemetry import MIN_INTERVAL_MS, Telemetry
 
 HANDSHAKE_SECONDS = 10.0
@@ -84,7 +92,9 @@ class Host(Protocol):
     pty_slots: threading.BoundedSemaphore
     telemetry_root: int | None
 
-    def refusal(self, program: str) -> str | None: ...
+    rules: Rules
+
+    def configure(self, message: Configure) -> Configured: ...
     def request_shutdown(self) -> None: ...
     def log(self, text: str) -> None: ...
 
@@ -185,6 +195,8 @@ class Connection:
         }
         if self._concurrent:
             handlers[MessageType.SIGNAL] = self._signal
+        if self._flags is not None and Flags.CONFIGURE in self._flags:
+            handlers[MessageType.CONFIGURE] = self._configure
         if self._flags is not None and Flags.PORT_FORWARD in self._flags:
             handlers[MessageType.FORWARD_LISTEN] = self._listen
             for kind in (
@@ -206,11 +218,19 @@ class Connection:
             offered = self._host.flags if ping.flags != BASE_PROTOCOL else BASE_PROTOCOL
             self._sock.sendall(encode_frame(MessageType.PONG, encode_pong(offered)))
 
+    def _configure(self, request_id: int, body: bytes) -> None:
+        answer = self._host.configure(decode_configure(body))
+        self._send(MessageType.CONFIGURED, request_id, encode_configured(answer))
+
+    def _refusal(self, program: str) -> str | None:
+        told = self._flags is not None and Flags.CONFIGURE in self._flags
+        return self._host.rules.refusal(program, told=told)
+
     # -- exec -----------------------------------------------------------------------------
 
     def _exec(self, request_id: int, body: bytes) -> None:
         request = decode_exec_request(body, raw=self._raw)
-        refusal = self._host.refusal(request.program)
+        refusal = self._refusal(request.program)
         if refusal is None and not self._host.exec_slots.acquire(blocking=False):
             refusal = f"{MAX_EXECS} programs are running already; wait for one to end"
         if refusal is not None:
@@ -223,6 +243,7 @@ class Connection:
             self._host.children,
             self._host.identity,
             KEEP_BYTES if self._concurrent else KEEP_BYTES_BASE,
+            CHUNK_BYTES_RAW if self._raw else CHUNK_BYTES,
         )
         with self._lock:
             if request_id in self._execs:
@@ -326,7 +347,7 @@ class Connection:
 
     def _open_pty(self, request_id: int, body: bytes) -> None:
         request = decode_pty_open(body)
-        error = self._host.refusal(request.program)
+        error = self._refusal(request.program)
         if error is None and not self._host.pty_slots.acquire(blocking=False):
             error = f"max PTY sessions ({MAX_SESSIONS}) reached"
         if error is not None:

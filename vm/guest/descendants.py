@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -10,18 +9,6 @@ import threading
 import time
 from collections.abc import Iterable
 from typing import Any
-
-_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
-
-
-def become_subreaper() -> None:
-    """Make orphans anywhere below this process its children (prctl(2)).
-
-    Raises OSError when the kernel refuses.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def stat_fields(pid: int) -> list[bytes]:
@@ -56,6 +43,40 @@ def descendants(root: int) -> dict[int, str]:
                 found[child] = states[child]
                 waiting.append(child)
     return found
+
+
+def children(parent: int) -> set[int]:
+    """The processes ``parent`` has to wait for, dead ones among them."""
+    try:
+        found: set[int] = set()
+        for thread in os.listdir(f"/proc/{parent}/task"):  # noqa: PTH208 - speed
+            found.update(_children_of_thread(f"/proc/{parent}/task/{thread}/children"))
+        return found
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        return {pid for pid in process_ids() if _parent(pid) == parent}
+
+
+def _children_of_thread(path: str) -> list[int]:
+    parts: list[bytes] = []
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if os.path.exists("/proc/thread-self/children"):  # noqa: PTH110
+            raise
+        return []
+    try:
+        while part := os.read(fd, 65536):
+            parts.append(part)
+    finally:
+        os.close(fd)
+    return [int(text) for text in b"".join(parts).split()]
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(stat_fields(pid)[1])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def send_signal(pids: Iterable[int], number: int) -> None:
@@ -114,10 +135,8 @@ class Children:
     def reap_orphans(self) -> None:
         """Reap every dead child that was not started here."""
         with self._lock:
-            me = os.getpid()
-            for pid, state in descendants(me).items():
-                if state == "Z" and pid not in self._started:
-                    try:
-                        os.waitpid(pid, os.WNOHANG)
-                    except ChildProcessError:
-                        continue
+            for pid in children(os.getpid()) - self._started:
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    continue

@@ -9,10 +9,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import IO, NamedTuple
+from typing import IO
 
 from .descendants import Children, descendants, send_signal
-from .messages import CHUNK_BYTES, ExecChunk, ExecRequest, ExecResponse, Stream
+from .identity import Identity
+from .messages import ExecChunk, ExecRequest, ExecResponse, Stream
 from .place import Place
 
 DRAIN_SECONDS = 0.5
@@ -20,13 +21,6 @@ DRAIN_SECONDS = 0.5
 its pipes open."""
 
 STDIN_BYTES = 65536
-
-
-class Identity(NamedTuple):
-    """The user programs run as."""
-
-    uid: int
-    gid: int
 
 
 class Tail:
@@ -63,11 +57,13 @@ class Execution:
         children: Children,
         identity: Identity | None,
         keep_bytes: int,
+        chunk_bytes: int,
     ) -> None:
         self._request = request
         self._place = place
         self._children = children
         self._identity = identity
+        self._chunk_bytes = chunk_bytes
         self._outputs = {"stdout": Tail(keep_bytes), "stderr": Tail(keep_bytes)}
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -215,7 +211,7 @@ class Execution:
         sequence: dict[Stream, int],
         emit: Callable[[ExecChunk], None],
     ) -> bool:
-        data = os.read(fd, CHUNK_BYTES)
+        data = os.read(fd, self._chunk_bytes)
         if not data:
             return False
         self._outputs[stream].add(data)

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from .execution import Identity
+from .identity import Identity
 from .messages import FileContent, FileStat, Outcome, WriteFile
 from .place import Place
 

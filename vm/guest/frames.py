@@ -75,6 +75,11 @@ class MessageType(enum.IntEnum):
     """Either way: ``u32 LE``, that many more bytes may be sent on the stream."""
     FORWARD_CLOSE = 34
     """Either way: ``u8``, 0 the sender sends no more, 1 the stream is gone in both directions."""
+    # CONFIGURE; see rules.py:
+    CONFIGURE = 35
+    """Host to guest, once a machine: what programs get and must keep to, and the time."""
+    CONFIGURED = 36
+    """Guest to host: what went wrong while the machine booted, or why it is refused."""
 
 
 LAST_BASE_TYPE = MessageType.PTY_CLOSED

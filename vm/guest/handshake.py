@@ -7,8 +7,10 @@ flags. Both are raw, without a request id. The version is never compared.
 from __future__ import annotations
 
 import enum
-import hmac
 import struct
+
+# What hmac.compare_digest is; hmac itself loads OpenSSL, which takes a guest long.
+from _operator import _compare_digest as compare_digest
 from typing import NamedTuple
 
 from .frames import ProtocolError
@@ -33,9 +35,13 @@ class Flags(enum.IntFlag):
     """Byte fields travel raw (see bodies.py), not as JSON arrays of integers."""
     PORT_FORWARD = 8
     """The guest can listen on local ports and carry their streams to the host."""
+    CONFIGURE = 16
+    """The host says by CONFIGURE what programs must keep to, and the guest runs none before."""
 
 
-EVERYTHING = Flags.MULTIPLEX | Flags.CONCURRENT | Flags.RAW_BODIES | Flags.PORT_FORWARD
+EVERYTHING = (
+    Flags.MULTIPLEX | Flags.CONCURRENT | Flags.RAW_BODIES | Flags.PORT_FORWARD | Flags.CONFIGURE
+)
 BASE_PROTOCOL = Flags.MULTIPLEX
 
 
@@ -91,5 +97,5 @@ def accepts(ping: Ping, secret: bytes) -> bool:
     """Whether a guest with this secret answers the Ping (constant-time compare)."""
     if len(secret) != SECRET_BYTES:
         return False
-    matches = hmac.compare_digest(ping.secret, secret)
+    matches = compare_digest(ping.secret, secret)
     return matches and Flags.MULTIPLEX in ping.flags

@@ -10,6 +10,7 @@ do whole arguments and environment values that are or begin with ``/workspace`` 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 
 WORKSPACE = "/workspace"
@@ -21,9 +22,17 @@ _SYSTEM_PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
 class Place:
     """The file system and environment as programs of one machine see them."""
 
-    def __init__(self, root: str, extra_env: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        root: str,
+        extra_env: tuple[tuple[str, str], ...] = (),
+        python: tuple[str, ...] | None = None,
+    ) -> None:
         self.root = root.rstrip("/")
-        self._extra = tuple(extra_env)
+        self.extra_env = extra_env
+        """What every program gets unless its request says otherwise."""
+        self.python = python or (sys.executable,)
+        """What starts an interpreter like the agent's own."""
 
     def prepare(self) -> None:
         """Make the directories programs count on."""
@@ -63,6 +72,6 @@ class Place:
         }
         if pty:
             env["TERM"] = "xterm-256color"
-        for key, value in (*self._extra, *requested):
+        for key, value in (*self.extra_env, *requested):
             env[key] = self.argument(value)
         return env

@@ -9,15 +9,13 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from .descendants import Children, descendants, send_signal
-from .execution import Identity
 from .frames import Frame, MessageType, ProtocolError, split_message
+from .identity import Identity
 from .messages import PtyOpen, decode_pty_resize, encode_pty_closed
 from .place import Place
 
@@ -32,7 +30,7 @@ HANGUP_SECONDS = 1.0
 
 _INPUT_BYTES = 64 * 1024
 _CHUNK = 4096
-_LAUNCHER = str(Path(__file__).resolve().parent / "pty_launch.py")
+_LAUNCHER = __file__.rpartition("/")[0] + "/pty_launch.py"
 
 Send = Callable[[MessageType, bytes], None]
 
@@ -49,11 +47,13 @@ class PtySession:
         self._master, slave = os.openpty()
         try:
             self._resize(request.cols, request.rows)
+            if identity is not None:
+                os.fchown(slave, identity.uid, identity.gid)  # it may open its terminal by name
             who = "-" if identity is None else f"{identity.uid}:{identity.gid}"
             lift = "lift" if request.interactive else "-"
             argv = [place.argument(text) for text in (request.program, *request.args)]
             self._child: subprocess.Popen[bytes] = children.start(
-                [sys.executable, "-I", "-S", _LAUNCHER, who, lift, *argv],
+                [*place.python, "-I", "-S", _LAUNCHER, who, lift, *argv],
                 stdin=slave,
                 stdout=slave,
                 stderr=slave,

@@ -35,7 +35,7 @@ TOOLS = {
 
 class ProcessMachine(AgentMachine):
     """The guest agent as a child process. Everything below it ends with it, with this object's
-    process, and with ``kill``; see ``vm/guest/agent.py`` for how."""
+    process, and with ``kill``; see ``vm/guest/warden.py`` for how."""
 
     name: ClassVar[str] = "process"
     isolation: ClassVar[str] = "none"

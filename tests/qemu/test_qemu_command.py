@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from voidbus.vm.qemu.command import (
+    Card,
+    Layout,
+    VhostUser,
+    command,
+    config_text,
+    kernel_line,
+)
+
+LAYOUT = Layout(
+    name="run-1",
+    program="/usr/bin/qemu-system-x86_64",
+    acceleration="tcg",
+    memory_mb=256,
+    vcpus=2,
+    kernel=Path("/cache/vmlinux"),
+    initramfs=Path("/cache/initramfs"),
+    monitor=5,
+    serial=6,
+    config=7,
+    vhost_user=(VhostUser("vsock.vhost", "vhost-user-vsock-device"),),
+)
+
+
+def after(arguments: list[str], option: str) -> list[str]:
+    return [arguments[n + 1] for n, text in enumerate(arguments[:-1]) if text == option]
+
+
+def test_a_machine_has_no_device_but_the_ones_named() -> None:
+    arguments = command(LAYOUT)
+    assert "-nodefaults" in arguments
+    assert "-no-user-config" in arguments
+    assert after(arguments, "-device") == ["vhost-user-vsock-device,chardev=vhost0"]
+    assert after(arguments, "-netdev") == []
+    assert after(arguments, "-blockdev") == []
+
+
+def test_the_kernel_line_with_its_secret_is_not_among_the_arguments() -> None:
+    assert after(command(LAYOUT), "-append") == []
+    assert after(command(LAYOUT), "-readconfig") == ["/proc/self/fd/7"]
+    assert config_text("quiet voidbox.secret=aa") == (
+        '[machine]\n  append = "quiet voidbox.secret=aa"\n'
+    )
+
+
+def test_qemu_may_neither_spawn_nor_gain_privileges() -> None:
+    (sandbox,) = after(command(LAYOUT), "-sandbox")
+    assert {"on", "spawn=deny", "elevateprivileges=deny"} <= set(sandbox.split(","))
+
+
+def test_an_accelerated_machine_has_the_processor_of_the_host() -> None:
+    arguments = command(replace(LAYOUT, acceleration="kvm"))
+    assert after(arguments, "-accel") == ["kvm"]
+    assert after(arguments, "-cpu") == ["host"]
+
+
+def test_disks_are_read_only_and_their_names_may_hold_commas() -> None:
+    arguments = command(replace(LAYOUT, disks=(Path("/cache/a,b.squashfs"),)))
+    (disk,) = after(arguments, "-blockdev")
+    assert "read-only=on" in disk.split(",")
+    assert disk.endswith("file.filename=/cache/a,,b.squashfs")
+
+
+def test_a_card_speaks_over_a_socket_of_the_machines_directory() -> None:
+    arguments = command(replace(LAYOUT, card=Card("network.sock", "52:54:00:12:34:56", 32768)))
+    (net,) = after(arguments, "-netdev")
+    assert "addr.path=network.sock" in net.split(",")
+    assert "virtio-net-device,netdev=net,mac=52:54:00:12:34:56,host_mtu=32768" in arguments
+
+
+@pytest.mark.parametrize("argument", ["a b", 'a"b', "a\\b", "a\nb", "ä"])
+def test_an_argument_that_would_not_arrive_whole_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match="kernel's command line"):
+        kernel_line([argument])

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
+
+from voidbus.vm.faults import ChannelFault, FaultReason
+from voidbus.vm.guest.descendants import stat_fields
+from voidbus.vm.image.cpio import directory, write_archive
+from voidbus.vm.image.store import default_store
+from voidbus.vm.machine import MachineError
+from voidbus.vm.qemu.devices import VSOCK_SOCKET
+from voidbus.vm.qemu.machine import QemuMachine
+
+pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(240)]
+
+
+class TestQemuMachine(MachineConformance):
+    machine_type = QemuMachine
+
+    def test_it_says_that_it_isolates(self) -> None:
+        assert (QemuMachine.name, QemuMachine.isolation) == ("qemu", "vm")
+
+    def test_programs_run_as_a_user_without_privileges(self, shared: Guest) -> None:
+        result = shell(shared.channel, "id -u; id -G; grep NoNewPrivs /proc/self/status").result()
+        assert result.stdout.split() == [b"1000", b"1000", b"NoNewPrivs:", b"1"]
+
+    def test_the_secret_is_nowhere_a_program_can_read(self, shared: Guest) -> None:
+        secret = shared.machine.spec.secret.hex()
+        script = "cat /proc/cmdline /proc/1/environ /proc/1/cmdline; dmesg; env"
+        result = shell(shared.channel, script).result()
+        assert b"console=ttyS0" in result.stdout
+        assert secret.encode() not in result.stdout + result.stderr
+        assert secret.encode() not in shared.machine.console()
+
+    def test_the_secret_is_nowhere_others_on_the_host_can_read(self, shared: Guest) -> None:
+        pid = shared.leases[0].pid
+        for name in ("cmdline", "environ"):
+            held = Path(f"/proc/{pid}/{name}").read_bytes()
+            assert shared.machine.spec.secret.hex().encode() not in held
+
+    def test_a_program_of_the_host_reaches_a_port_of_the_guest_by_the_socket(
+        self, shared: Guest
+    ) -> None:
+        path = shared.machine.spec.scratch / VSOCK_SOCKET
+        script = (
+            "import socket\n"
+            "s=socket.socket(socket.AF_VSOCK)\n"
+            "s.bind((-1,9000))\n"
+            "s.listen()\n"
+            "print('up',flush=True)\n"
+            "c,_=s.accept()\n"
+            "c.sendall(c.recv(100).upper())\n"
+        )
+        shared.channel.write_file("/workspace/vsock.py", script.encode(), WAIT)
+        running = shell(shared.channel, "python3 vsock.py")
+        running.wait_for(b"up")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(WAIT)
+            client.connect(os.fspath(path))
+            client.sendall(b"CONNECT 9000\n")
+            lines = client.makefile("rb")
+            assert lines.readline().startswith(b"OK ")
+            client.sendall(b"hello")
+            assert lines.read() == b"HELLO"
+            lines.close()
+        assert running.result().exit_code == 0
+
+    def test_a_terminated_qemu_is_reported_with_its_own_words(self, guest: Guest) -> None:
+        os.kill(guest.leases[0].pid or 0, signal.SIGTERM)
+        assert guest.exited.wait(WAIT)
+        assert guest.exits[0].reason.startswith("QEMU was terminated by a signal; QEMU said: ")
+
+    def test_a_killed_qemu_is_reported_and_pending_calls_end(self, guest: Guest) -> None:
+        running = shell(guest.channel, "echo up; sleep 60")
+        running.wait_for(b"up")
+        os.kill(guest.leases[0].pid or 0, signal.SIGKILL)
+        assert guest.exited.wait(WAIT)
+        assert guest.exits[0].reason == "QEMU was killed by SIGKILL"
+        ending = running.ending()
+        assert isinstance(ending, ChannelFault)
+        assert ending.reason == FaultReason.LOST
+
+    def test_a_guest_that_never_answers_is_told_with_its_last_lines(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        empty = tmp_path / "empty.cpio"
+        with empty.open("wb") as file:
+            write_archive([directory("dev")], file)
+        guest = make(kernel=default_store().current().kernel, initramfs=empty)
+        with pytest.raises(MachineError) as caught:
+            guest.machine.start(START_WAIT)
+        text = str(caught.value)
+        assert "machine m0: " in text
+        assert "Kernel panic" in text
+        assert guest.exited.wait(WAIT)
+
+    def test_a_start_ends_at_its_deadline(self, make: MakeGuest) -> None:
+        guest = make()
+        began = time.monotonic()
+        with pytest.raises(MachineError, match=r"m0: the guest did not answer in 0\.\d+ s"):
+            guest.machine.start(0.3)
+        assert time.monotonic() - began < START_WAIT
+        assert guest.exited.wait(WAIT)
+
+    def test_too_little_memory_is_found_before_the_start(self, make: MakeGuest) -> None:
+        guest = make(memory_mb=16)
+        with pytest.raises(MachineError, match="memory"):
+            guest.machine.start(START_WAIT)
+        assert guest.leases == []
+
+    def test_an_image_that_is_not_there_is_found_before_the_start(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        guest = make(kernel=tmp_path / "nothing", initramfs=tmp_path / "nothing either")
+        with pytest.raises(MachineError, match="nothing"):
+            guest.machine.start(START_WAIT)
+        assert guest.leases == []
+
+    def test_several_processors_are_seen_by_the_guest(self, make: MakeGuest) -> None:
+        channel = make(vcpus=2).start().channel
+        assert run(channel, "nproc").stdout == b"2\n"
+
+    def test_qemu_dies_with_the_host_process(self, tmp_path: Path) -> None:
+        program = (
+            "import sys,secrets,pathlib,threading\n"
+            "from voidbus.vm.qemu.machine import QemuMachine\n"
+            "from voidbus.vm.machine import MachineSpec\n"
+            "s=MachineSpec('r','m',pathlib.Path(sys.argv[1]),secrets.token_bytes(32))\n"
+            "m=QemuMachine(s,on_exit=print,on_lease=lambda l:print(l.pid,flush=True))\n"
+            "m.start(90)\n"
+            "threading.Event().wait(60)\n"
+        )
+        host = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        assert host.stdout is not None
+        pid = int(host.stdout.readline())
+        qemu = os.pidfd_open(pid)
+        try:
+            assert stat_fields(pid)
+            host.kill()
+            host.wait(WAIT)
+            assert select.select([qemu], [], [], WAIT)[0]
+        finally:
+            os.close(qemu)
+            host.stdout.close()

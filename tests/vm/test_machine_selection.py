@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from voidbus.vm.machine import MachineError
+from voidbus.vm.process.machine import ProcessMachine
+from voidbus.vm.qemu.acceleration import Acceleration
+from voidbus.vm.qemu.machine import QemuMachine
+from voidbus.vm.qemu.support import qemu_support
+from voidbus.vm.select import select_machine
+from voidbus.vm.support import Support
+
+WORKS = Support("qemu", True, "emulated")
+MISSING = Support("qemu", False, "qemu-system-x86_64 is not installed", "sudo apt-get install it")
+
+
+def test_mock_is_a_process_whatever_else_works() -> None:
+    assert select_machine("mock", lambda: WORKS).machine is ProcessMachine
+
+
+@pytest.mark.parametrize("mode", ["auto", "local", "qemu"])
+def test_a_virtual_machine_is_taken_where_one_works_and_the_reason_is_told(mode: str) -> None:
+    selection = select_machine(mode, lambda: WORKS)
+    assert selection.machine is QemuMachine
+    assert selection.reason == "emulated"
+
+
+@pytest.mark.parametrize("mode", ["auto", "local", "qemu"])
+def test_nothing_falls_back_to_a_process_by_itself(mode: str) -> None:
+    with pytest.raises(MachineError) as caught:
+        select_machine(mode, lambda: MISSING)
+    text = str(caught.value)
+    assert "is not installed: sudo apt-get install it" in text
+    assert "sandbox.mode: mock" in text
+
+
+def test_an_unknown_mode_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(MachineError, match="auto, local, kvm, qemu or mock"):
+        select_machine("other", lambda: WORKS)
+
+
+def test_a_kvm_machine_says_what_to_use_instead() -> None:
+    with pytest.raises(MachineError, match=r"sandbox\.mode: qemu"):
+        select_machine("kvm", lambda: WORKS)
+
+
+def test_qemu_works_where_it_is_installed_and_says_how_well() -> None:
+    slow = Acceleration("tcg", "emulated: no KVM", "use another host")
+    support = qemu_support(lambda name: f"/usr/bin/{name}", lambda: slow, "x86_64")
+    assert support.works
+    assert support.detail == "/usr/bin/qemu-system-x86_64, emulated: no KVM"
+    assert support.remedy == "use another host"
+
+
+@pytest.mark.parametrize("missing", ["qemu-system-x86_64", "setpriv"])
+def test_what_qemu_machines_lack_is_named_with_the_command_that_brings_it(missing: str) -> None:
+    fast = Acceleration("kvm", "accelerated")
+    support = qemu_support(
+        lambda name: None if name == missing else f"/usr/bin/{name}", lambda: fast, "x86_64"
+    )
+    assert not support.works
+    assert missing in support.detail
+    assert support.remedy is not None
+    assert support.remedy.startswith("sudo apt-get install")
+
+
+def test_a_processor_without_guest_images_is_told() -> None:
+    fast = Acceleration("kvm", "accelerated")
+    assert not qemu_support(lambda name: f"/usr/bin/{name}", lambda: fast, "aarch64").works

@@ -1,0 +1,1 @@
+"""Machines that are a QEMU process."""

@@ -1,0 +1,81 @@
+"""Whether this host's processor can run guests, and so which accelerator QEMU gets.
+
+A `/dev/kvm` alone says little: without VT-x or SVM it is an emulator in the kernel, too slow for
+a stock kernel and lacking instructions it needs. So the processor is asked first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+KVM_DEVICE = Path("/dev/kvm")
+
+# Linux Documentation/virt/kvm/api.rst, 4.1: _IO(0xAE, 0x00), stable since 2.6.22.
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_API_VERSION = 12
+
+_FLAGS = ("vmx", "svm")
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """QEMU's accelerator, "kvm" or "tcg"; why; and what would make it better, if anything."""
+
+    name: str
+    reason: str
+    remedy: str | None = None
+
+
+def find_acceleration(
+    device: Path = KVM_DEVICE, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> Acceleration:
+    """What works here. Never raises: where it can't tell, emulation works everywhere."""
+    flag = _virtualisation_flag(cpuinfo)
+    if flag is None:
+        there = f"{device} is there but emulated in software" if device.exists() else "no KVM"
+        return Acceleration(
+            "tcg",
+            f"emulated: the processor offers neither VT-x nor SVM ({there})",
+            "use a host with hardware virtualisation, or allow nested virtualisation on its host",
+        )
+    problem = _device_problem(device)
+    if problem is None:
+        return Acceleration("kvm", f"accelerated by {device} ({flag})")
+    return Acceleration("tcg", f"emulated: {problem}", _remedy(device))
+
+
+def _virtualisation_flag(cpuinfo: Path) -> str | None:
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            flags = line.partition(":")[2].split()
+            return next((flag for flag in _FLAGS if flag in flags), None)
+    return None
+
+
+def _device_problem(device: Path) -> str | None:
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"{device} can't be opened: {error.strerror}"
+    try:
+        version = fcntl.ioctl(fd, _KVM_GET_API_VERSION, 0)
+    except OSError as error:
+        return f"{device} does not answer as KVM: {error.strerror}"
+    finally:
+        os.close(fd)
+    if version != _KVM_API_VERSION:
+        return f"{device} speaks API version {version}, not {_KVM_API_VERSION}"
+    return None
+
+
+def _remedy(device: Path) -> str:
+    if device.exists():
+        return "sudo usermod -aG kvm $USER (and log in again)"
+    return "sudo modprobe kvm_intel || sudo modprobe kvm_amd"

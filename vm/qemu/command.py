@@ -1,0 +1,155 @@
+"""The command line of QEMU for one machine: few devices, no firmware, no PCI.
+
+Machine type `microvm` with ACPI: the stock kernel finds its virtio-mmio devices by ACPI
+(`LNRO0005`), since it has no command-line option for them. Switching the PIT or the RTC off too
+hangs a stock kernel under TCG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_DEVICES = 24
+"""virtio-mmio transports of the microvm machine with two I/O APICs (QEMU hw/i386/microvm.c)."""
+
+# QEMU's own filter of system calls; each refuses what this machine never does.
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+# Kernel Documentation/admin-guide/kernel-parameters.rst. One line a reason:
+KERNEL_ARGUMENTS = (
+    "console=ttyS0",
+    "quiet",  # each character is an exit to QEMU
+    "panic=-1",  # a panic resets at once,
+    "reboot=t",  # by a triple fault, which -no-reboot turns into the end of QEMU
+    "8250.nr_uarts=1",  # no probing for three more
+    "random.trust_cpu=on",
+    "ipv6.disable=1",  # the user-mode network has none
+    "nokaslr",  # relocation costs time under emulation, and a guest's root is the guest's own
+)
+
+
+@dataclass(frozen=True)
+class VhostUser:
+    """A device served by this process at ``socket``, a name in the machine's directory.
+    ``properties`` are QEMU's for ``driver``."""
+
+    socket: str
+    driver: str
+    properties: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A network card whose frames go to ``socket``, a name in the machine's directory."""
+
+    socket: str
+    mac: str
+    mtu: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one QEMU is made of. It inherits ``descriptors`` and runs in the machine's directory,
+    so that no path of a socket is longer than an address can hold (107 bytes)."""
+
+    name: str
+    program: str
+    acceleration: str
+    memory_mb: int
+    vcpus: int
+    kernel: Path
+    initramfs: Path
+    monitor: int
+    serial: int
+    config: int
+    vhost_user: tuple[VhostUser, ...]
+    disks: tuple[Path, ...] = ()
+    card: Card | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.monitor, self.serial, self.config)
+
+    @property
+    def devices(self) -> int:
+        return len(self.vhost_user) + len(self.disks) + (self.card is not None)
+
+
+def kernel_line(arguments: Sequence[str]) -> str:
+    """The kernel's command line. Raises ValueError for an argument that would not arrive whole."""
+    for argument in arguments:
+        if not argument.isascii() or not argument.isprintable() or set(argument) & set(' "\\'):
+            raise ValueError(f"{argument!r} can't stand on a kernel's command line")
+    return " ".join((*KERNEL_ARGUMENTS, *arguments))
+
+
+def config_text(line: str) -> str:
+    """A QEMU configuration file with what others on the host must not read in an argument list:
+    the kernel's command line carries the secret of the guest channel."""
+    return f'[machine]\n  append = "{line}"\n'
+
+
+def command(layout: Layout) -> list[str]:
+    """The argument list of QEMU."""
+    kvm = layout.acceleration == "kvm"
+    return [
+        layout.program,
+        *("-name", f"guest={_quoted(layout.name)}"),
+        *("-machine", "microvm,acpi=on,x-option-roms=off,memory-backend=memory"),
+        *("-accel", "kvm" if kvm else "tcg,thread=multi"),
+        *("-cpu", "host" if kvm else "max"),
+        *("-m", f"{layout.memory_mb}M"),
+        *("-smp", str(layout.vcpus)),
+        *("-object", f"memory-backend-memfd,id=memory,size={layout.memory_mb}M,share=on"),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        # Virtio 1 only: what a stock kernel prefers, and what a file system device needs.
+        *("-global", "virtio-mmio.force-legacy=false"),
+        *("-sandbox", _SANDBOX),
+        *("-kernel", str(layout.kernel), "-initrd", str(layout.initramfs)),
+        *("-readconfig", f"/proc/self/fd/{layout.config}"),
+        *("-chardev", f"socket,id=monitor,fd={layout.monitor}"),
+        *("-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"socket,id=console,fd={layout.serial}"),
+        *("-serial", "chardev:console"),
+        *_vhost_user_devices(layout.vhost_user),
+        *_disks(layout.disks),
+        *_card(layout.card),
+    ]
+
+
+def _vhost_user_devices(devices: tuple[VhostUser, ...]) -> list[str]:
+    arguments = []
+    for number, device in enumerate(devices):
+        arguments += ["-chardev", f"socket,id=vhost{number},path={device.socket}"]
+        properties = f",{device.properties}" if device.properties else ""
+        arguments += ["-device", f"{device.driver},chardev=vhost{number}{properties}"]
+    return arguments
+
+
+def _disks(disks: tuple[Path, ...]) -> list[str]:
+    arguments = []
+    for number, path in enumerate(disks):
+        drive = (
+            f"driver=raw,node-name=disk{number},read-only=on,"
+            f"file.driver=file,file.filename={_quoted(str(path))}"
+        )
+        arguments += ["-blockdev", drive]
+        arguments += ["-device", f"virtio-blk-device,drive=disk{number}"]
+    return arguments
+
+
+def _card(card: Card | None) -> list[str]:
+    if card is None:
+        return []
+    return [
+        *("-netdev", f"stream,id=net,server=off,addr.type=unix,addr.path={card.socket}"),
+        *("-device", f"virtio-net-device,netdev=net,mac={card.mac},host_mtu={card.mtu}"),
+    ]
+
+
+def _quoted(text: str) -> str:
+    """Text inside a QEMU option, where a comma ends it unless doubled."""
+    return text.replace(",", ",,")

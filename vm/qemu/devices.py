@@ -1,0 +1,213 @@
+"""What one QEMU machine consists of besides QEMU: image, vsock, mounts, network."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
+from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
+from voidbus.vm.image.oci import unpack_image
+from voidbus.vm.image.store import (
+    GuestImage,
+    ImageError,
+    default_store,
+    image_for,
+    require_memory,
+)
+from voidbus.vm.machine import Lease, MachineError, MachineSpec
+from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
+from voidbus.vm.network.rules import NetworkRules
+from voidbus.vm.network.user_network import NetworkError, UserNetwork
+from voidbus.vm.qemu.acceleration import find_acceleration
+from voidbus.vm.qemu.command import MAX_DEVICES, Card, VhostUser, kernel_line
+from voidbus.vm.qemu.host_clock import counter_khz
+
+GUEST_CID = 3
+"""The guest's vsock address: each machine has a vsock of its own, so the first free one does."""
+
+VSOCK_SOCKET = "vsock.sock"
+"""Where programs of the host reach the guest's ports, in the machine's directory."""
+
+_VHOST_VSOCK = "vsock.vhost"
+# The largest queue of QEMU's device: with its default of 128 a request holds 496 KiB at most.
+_FS_QUEUE = "queue-size=1024"
+_HOSTNAME_BYTES = 63  # hostname(7)
+
+
+class Devices:
+    """Started in order, closed in reverse. ``on_failed`` is called, on a device's thread, when
+    one can't go on."""
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        *,
+        on_failed: Callable[[str], None],
+        on_lease: Callable[[Lease], None],
+    ) -> None:
+        self._spec = spec
+        self._on_failed = on_failed
+        self._on_lease = on_lease
+        self._open = contextlib.ExitStack()
+        self._vsock: VhostUserVsock | None = None
+        self._network: UserNetwork | None = None
+        self._image: GuestImage
+        self._arguments: list[str] = []
+        self.acceleration = find_acceleration().name
+        self.vhost_user: tuple[VhostUser, ...] = ()
+        self.disks: tuple[Path, ...] = ()
+        self.card: Card | None = None
+        self.env: tuple[tuple[str, str], ...] = ()
+        """What the image that is the root says of its programs' environment."""
+
+    @property
+    def kernel(self) -> Path:
+        return self._image.kernel
+
+    @property
+    def initramfs(self) -> Path:
+        return self._image.initramfs
+
+    @property
+    def kernel_line(self) -> str:
+        """What the kernel is told, the secret among it."""
+        return kernel_line(self._arguments)
+
+    def start(self, deadline: float) -> None:
+        """Start everything QEMU connects to. Raises MachineError; `close` frees what started."""
+        name = self._spec.name
+        try:
+            self._prepare(deadline)
+            self.kernel_line  # noqa: B018 - a mount's path may be one that no command line carries
+        except (ImageError, MountError, NetworkError, ValueError) as error:
+            raise MachineError(f"machine {name}: {error}") from error
+        except OSError as error:
+            raise MachineError(
+                f"machine {name}: its devices could not be started: {error}; "
+                f"check the directory {self._spec.scratch}"
+            ) from error
+        if (
+            count := len(self.vhost_user) + len(self.disks) + (self.card is not None)
+        ) > MAX_DEVICES:
+            raise MachineError(
+                f"machine {name}: {count} devices, but a machine has room for {MAX_DEVICES}; "
+                "mount fewer directories"
+            )
+
+    def _prepare(self, deadline: float) -> None:
+        spec = self._spec
+        self._image = image_for(spec.kernel, spec.initramfs)
+        require_memory(self._image, spec.memory_mb)
+        # A path through the opened directory is short, however long the directory's own is.
+        folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._open.callback(os.close, folder)
+        here = Path(f"/proc/self/fd/{folder}")
+        self._arguments = [
+            f"voidbox.secret={spec.secret.hex()}",
+            f"voidbox.clock={time.time():.3f}",
+            f"voidbus.hostname={_hostname(spec.run_id)}",
+        ]
+        self._add_clock()
+        self._add_disks()
+        self._add_vsock(here)
+        for number in range(len(spec.mounts)):
+            self._add_mount(here, number)
+        if spec.network:
+            self._add_network(here, deadline)
+
+    def _add_clock(self) -> None:
+        """An emulated guest is told what it can't measure; KVM has a clock of its own for it."""
+        khz = counter_khz() if self.acceleration == "tcg" else None
+        if khz is not None:
+            self._arguments += [f"tsc_early_khz={khz}", "tsc=reliable"]
+
+    def _add_disks(self) -> None:
+        disks = list(self._image.layers)
+        if disks:
+            names = ",".join(_disk_name(number) for number in range(len(disks)))
+            self._arguments.append(f"voidbus.layers={names}")
+        if self._spec.root is not None:
+            root = unpack_image(default_store().root, self._spec.root)
+            self.env = root.config.env
+            self._arguments.append(f"voidbox.oci_rootfs_dev=/dev/{_disk_name(len(disks))}")
+            disks.append(root.layer)
+        self.disks = tuple(disks)
+
+    def _add_vsock(self, here: Path) -> None:
+        vsock = VhostUserVsock(
+            here / _VHOST_VSOCK,
+            here / VSOCK_SOCKET,
+            GUEST_CID,
+            name=f"{self._spec.name}-vsock",
+            on_failed=self._on_failed,
+        )
+        self._open.callback(vsock.close)
+        vsock.start()
+        self._vsock = vsock
+        self.vhost_user += (VhostUser(_VHOST_VSOCK, "vhost-user-vsock-device"),)
+
+    def _add_mount(self, here: Path, number: int) -> None:
+        mount = self._spec.mounts[number]
+        name, tag = f"mount{number}.vhost", f"mount{number}"
+        if mount.writable:
+            mount.host_path.mkdir(parents=True, exist_ok=True)
+        share = VhostUserFs(
+            here / name,
+            mount.host_path,
+            tag,
+            writable=mount.writable,
+            name=f"{self._spec.name}-{tag}",
+            on_failed=self._on_failed,
+        )
+        self._open.callback(share.close)
+        share.start()
+        self.vhost_user += (VhostUser(name, "vhost-user-fs-device", f"tag={tag},{_FS_QUEUE}"),)
+        mode = "rw" if mount.writable else "ro"
+        self._arguments.append(f"voidbox.{tag}={tag}:{mount.guest_path}:{mode}")
+
+    def _add_network(self, here: Path, deadline: float) -> None:
+        network = UserNetwork(
+            here,
+            NetworkRules(self._spec.host_ports),
+            name=f"{self._spec.name}-net",
+            on_failed=self._on_failed,
+            on_lease=self._on_lease,
+        )
+        self._open.callback(network.close)
+        network.start(max(0.0, deadline - time.monotonic()))
+        self._network = network
+        self.card = Card(network.socket_path.name, MAC, MTU)
+        self._arguments.append("voidbox.network=1")
+
+    def connect(self, port: int) -> socket.socket:
+        """A stream to a port of the guest. Raises OSError."""
+        if self._vsock is None:
+            raise ConnectionError("the machine has no vsock yet")
+        return self._vsock.connect(port)
+
+    def offer_host_port(self, port: int) -> str | None:
+        """See ``Machine.offer_host_port``."""
+        if self._network is None:
+            return None
+        self._network.allow_host_port(port)
+        return str(GATEWAY)
+
+    def close(self) -> None:
+        """Close everything, last first. Again is fine."""
+        self._open.close()
+
+
+def _disk_name(number: int) -> str:
+    """The guest's name for its block device: they are numbered in the order QEMU gets them."""
+    return f"vd{chr(ord('a') + number)}"
+
+
+def _hostname(text: str) -> str:
+    """A host name of it: letters, digits and hyphens (hostname(7))."""
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
+    return kept[:_HOSTNAME_BYTES].strip("-") or "guest"
