@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from voidbus.actors.messages.journal import Appended, AppendEvents
-from voidbus.actors.messages.runs import InspectRun, RunState
+from voidbus.actors.messages.journal import Appended, AppendEvents, ReadStages, StageEvents
+from voidbus.actors.messages.runs import InspectRun, RunEvent, RunState
 from voidbus.actors.recovery import Recovered, recover, remove_directory
 from voidbus.actors.run_record import RunRecord
 from voidbus.actors.runtime.actor import Actor, Refuse
@@ -43,7 +43,17 @@ class Collector:
             elif outcome.status.terminal:
                 on_ended()
             else:
-                self._recover(run, outcome, reason, on_ended)
+                read_stages(outcome)
+
+        def read_stages(state: RunState) -> None:
+            def read(outcome: Message) -> None:
+                if isinstance(outcome, StageEvents):
+                    self._recover(run, state, outcome.events, reason, on_ended)
+                else:
+                    self._again(run, outcome, lambda: self.collect(run, reason, on_ended))
+
+            stages = ReadStages(run_id=run.run_id)
+            self._actor.ask(self._journal, stages, read, timeout=_ASK_TIMEOUT)
 
         inspect = InspectRun(run_id=run.run_id)
         self._actor.ask(self._journal, inspect, looked_up, timeout=_ASK_TIMEOUT)
@@ -75,13 +85,18 @@ class Collector:
         self._actor.ask(self._journal, batches[0], appended, timeout=_ASK_TIMEOUT)
 
     def _recover(
-        self, run: RunRecord, state: RunState, reason: str, on_ended: Callable[[], None]
+        self,
+        run: RunRecord,
+        state: RunState,
+        stage_events: tuple[RunEvent, ...],
+        reason: str,
+        on_ended: Callable[[], None],
     ) -> None:
         directory = self._runs_dir / run.run_id
         cancel_reason = run.cancel_reason
 
         def again() -> None:
-            self._recover(run, state, reason, on_ended)
+            self._recover(run, state, stage_events, reason, on_ended)
 
         def recovered(outcome: Recovered | Exception) -> None:
             if isinstance(outcome, Exception):
@@ -92,7 +107,13 @@ class Collector:
 
         try:
             self._actor.work(
-                lambda: recover(state, directory, reason=reason, cancel_reason=cancel_reason),
+                lambda: recover(
+                    state,
+                    directory,
+                    reason=reason,
+                    cancel_reason=cancel_reason,
+                    stage_events=stage_events,
+                ),
                 recovered,
                 name=f"recover-{run.run_id}",
             )

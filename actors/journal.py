@@ -19,8 +19,10 @@ from voidbus.actors.messages.journal import (
     AppendEvents,
     CreateRun,
     LoadActive,
+    ReadStages,
     RecordProcess,
     RunEnded,
+    StageEvents,
     TakeIntents,
 )
 from voidbus.actors.messages.runs import (
@@ -100,6 +102,12 @@ class Journal(Actor):
             return ActiveRuns(
                 runs=self.store.active(), last_generation=self.store.last_generation()
             )
+
+    @handles(ReadStages)
+    def on_read_stages(self, message: ReadStages, delivery: Delivery) -> StageEvents:
+        with _as_faults():
+            events = self.store.stage_events(message.run_id)
+        return StageEvents(run_id=message.run_id, events=events)
 
     @handles(TakeIntents)
     def on_take_intents(self, message: TakeIntents, delivery: Delivery) -> IntentList:

@@ -197,6 +197,17 @@ class JournalStore:
             rows = self._db.execute(query + " ORDER BY seq LIMIT ?", (*values, limit)).fetchall()
         return tuple(RunEvent.model_validate_json(row[0]) for row in rows)
 
+    def stage_events(self, run_id: str) -> tuple[RunEvent, ...]:
+        """All events of a run that tell of its stages, in order."""
+        with self._explained():
+            rows = self._db.execute(
+                # Log lines, which are most of all events, have a stream, and are not looked into.
+                "SELECT body FROM events WHERE run_id = ? AND stream IS NULL"
+                " AND json_extract(body, '$.event_type') GLOB 'stage.*' ORDER BY seq",
+                (run_id,),
+            ).fetchall()
+        return tuple(RunEvent.model_validate_json(row[0]) for row in rows)
+
     # -- inside ----------------------------------------------------------------------------
 
     def _prepare(self) -> None:

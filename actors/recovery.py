@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from voidbus.actors.event import EventMaker
 from voidbus.actors.leases import Leftovers, reap
 from voidbus.actors.messages.journal import AppendEvents, RunOutcome, RunProgress
-from voidbus.actors.messages.runs import RunState, RunStatus
+from voidbus.actors.messages.runs import RunEvent, RunState, RunStatus
 from voidbus.actors.run_process import LEASE_FILE, LOG_FILE, SPOOL_FILE
 from voidbus.actors.spool import read_leftovers
 from voidbus.actors.stages import StageTable
@@ -25,12 +26,18 @@ class Recovered:
 
 
 def recover(
-    state: RunState, directory: Path, *, reason: str, cancel_reason: str | None
+    state: RunState,
+    directory: Path,
+    *,
+    reason: str,
+    cancel_reason: str | None,
+    stage_events: Iterable[RunEvent] = (),
 ) -> Recovered:
     """Reap what the dead process left behind and work out how its run ended.
 
-    What it spooled comes first. If its outcome is among it, that is the outcome; otherwise the
-    run was cancelled, where that was asked for, or failed for `reason`. Blocks on the disk.
+    `stage_events` are those the journal has. What the process spooled comes first. If its outcome
+    is among it, that is the outcome; otherwise the run was cancelled, where that was asked for, or
+    failed for `reason`. Blocks on the disk.
     """
     leftovers = reap(directory / LEASE_FILE, directory)
     last_words = _last_line(directory / LOG_FILE)
@@ -38,7 +45,10 @@ def recover(
         reason = f"{reason}; its log ends: {last_words}"
     batches = read_leftovers(directory / SPOOL_FILE, state.id, state.last_seq)
     if not batches or batches[-1].outcome is None:
-        batches.append(_ending(state, batches, leftovers, reason, cancel_reason))
+        stages = StageTable(state.stage_states)
+        for event in (*stage_events, *(event for batch in batches for event in batch.events)):
+            stages.observe(event)
+        batches.append(_ending(state, batches, stages, leftovers, reason, cancel_reason))
     return Recovered(
         tuple(b.model_copy(update={"generation": state.generation}) for b in batches), leftovers
     )
@@ -64,16 +74,13 @@ def remove_directory(directory: Path) -> None:
 def _ending(
     state: RunState,
     batches: list[AppendEvents],
+    stages: StageTable,
     leftovers: Leftovers,
     reason: str,
     cancel_reason: str | None,
 ) -> AppendEvents:
     last_seq = next((b.events[-1].seq for b in reversed(batches) if b.events), state.last_seq)
     maker = EventMaker(state.id, state.mode, last_seq + 1)
-    stages = StageTable(state.stage_states)
-    for batch in batches:
-        for event in batch.events:
-            stages.observe(event)
     events = []
 
     def emit(event_type: str, message: str, **fields: object) -> None:
@@ -84,6 +91,8 @@ def _ending(
     error = "run cancelled" if cancel_reason is not None else reason
     for stage in stages.running:
         stages.cancel(emit, stage, "started", error=error)
+    for stage in stages.queued:
+        stages.cancel(emit, stage, "queued", error=error)
     cleaned = {
         "processes_killed": leftovers.processes_killed,
         "paths_removed": leftovers.paths_removed,

@@ -58,6 +58,7 @@ from voidbus.actors.workloads.conductor import (
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import Fault
 from voidbus.transport.message import Message
+from voidbus.vm.connect import connect_deadline
 
 log = logging.getLogger("voidbus.actors")
 
@@ -65,8 +66,8 @@ RUN_PATH = "run"
 VM_PATH = "vm"
 SIDECAR_PATH = "sidecar"
 
-# A machine has this long to answer (seconds); the handshake's own deadline is 30.
-_BOOT_TIMEOUT = 60.0
+# Protocol, "Handshake": what a start may take beyond the deadline for the guest's answer (seconds).
+_ESTABLISH_SECONDS = 30.0
 _FILE_ASK_TIMEOUT = 40.0
 # The machine and the sidecar have this long to stop once nothing runs in them.
 _STOP_TIMEOUT = 10.0
@@ -171,10 +172,11 @@ class RunActor(Supervisor):
             self.add_child(self._vm)
         except SupervisorStoppingError:
             return  # the sidecar failed too often meanwhile
+        timeout = connect_deadline() + _ESTABLISH_SECONDS
         self._ask_vm(
-            StartMachine(sidecar=sidecar, timeout=_BOOT_TIMEOUT),
+            StartMachine(sidecar=sidecar, timeout=timeout),
             self._machine_started,
-            timeout=_BOOT_TIMEOUT + 5.0,
+            timeout=timeout + 5.0,
         )
 
     def _machine_started(self, outcome: Message) -> None:

@@ -30,7 +30,7 @@ from voidbus.sidecar.state import SidecarState
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec
 from voidbus.transport.leaf import Leaf
-from voidbus.vm.machine import MachineSpec
+from voidbus.vm.machine import MachineSpec, Mount
 from voidbus.vm.select import select_machine
 
 log = logging.getLogger("voidbus.run")
@@ -162,6 +162,7 @@ class RunProcess:
                 owner=RUN_PATH,
                 telemetry="supervisor/telemetry",
                 leases=self._leases,
+                directory=self._directory,
             )
         )
         return tuple(children)
@@ -177,12 +178,16 @@ class RunProcess:
             memory_mb=sandbox.memory_mb,
             vcpus=sandbox.vcpus,
             network=sandbox.network,
-            env={},
             scratch=scratch,
             secret=secrets.token_bytes(32),
-            allowed_commands=None,
-            mounts=(),
-            forwards=(),
+            mounts=tuple(
+                Mount(Path(mount.host).absolute(), mount.guest, mount.writable)
+                for mount in sandbox.mounts
+            ),
+            kernel=None if sandbox.kernel is None else Path(sandbox.kernel),
+            initramfs=None if sandbox.initramfs is None else Path(sandbox.initramfs),
+            root=sandbox.image,
+            host_ports=frozenset(sandbox.host_ports),
         )
 
     def _link_changed(self, up: bool) -> None:

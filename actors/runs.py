@@ -6,7 +6,6 @@ Each run process is a temporary child: a run that lost its process failed, it is
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from voidbus.actors.collector import Collector, detail_of
+from voidbus.actors.console_door import ConsoleDoor
 from voidbus.actors.launch import Launch, LaunchRefused, prepare
 from voidbus.actors.messages.actor import Accepted, Done
 from voidbus.actors.messages.journal import (
@@ -37,10 +37,12 @@ from voidbus.actors.messages.runs import (
     CancelAccepted,
     CancelRun,
     InspectRun,
+    ReadConsole,
     RunAccepted,
     RunState,
     RunStatus,
     StartRun,
+    is_run_id,
     run_node,
 )
 from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
@@ -72,8 +74,6 @@ from voidbus.transport.hub import Hub
 from voidbus.transport.message import Message, Right
 
 log = logging.getLogger("voidbus.actors")
-
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 _ASK_TIMEOUT = 15.0
 _SPAWN_TIMEOUT = 20.0
@@ -125,6 +125,7 @@ class Runs(Supervisor):
         self._stopping: StopRuns | None = None
         self._watcher = ExitWatcher("run-processes")
         self._door = SidecarDoor(self, "supervisor/journal")
+        self._console_door = ConsoleDoor(self, settings.runs_dir)
         self._collector = Collector(self, settings.runs_dir, "supervisor/journal")
 
     def on_start(self) -> None:
@@ -242,7 +243,7 @@ class Runs(Supervisor):
     def _start_refusal(self, message: StartRun) -> tuple[FaultReason, str] | None:
         if self._stopping is not None:
             return FaultReason.REFUSED, "the supervisor is stopping and takes no new runs"
-        if message.run_id is not None and not _RUN_ID.match(message.run_id):
+        if message.run_id is not None and not is_run_id(message.run_id):
             return (
                 FaultReason.INVALID,
                 f"run id {message.run_id[:40]!r}: use 1 to 100 of A-Z a-z 0-9 . _ - only",
@@ -523,6 +524,12 @@ class Runs(Supervisor):
     def on_sidecar_message(self, message: SidecarRequest, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
         self._door.pass_on(message, delivery, alive=run is not None and not run.ended)
+        return LATER
+
+    @handles(ReadConsole)
+    def on_read_console(self, message: ReadConsole, delivery: Delivery) -> object:
+        run = self._runs.get(message.run_id)
+        self._console_door.pass_on(message, delivery, alive=run is not None and not run.ended)
         return LATER
 
     # -- counting and stopping -------------------------------------------------------------

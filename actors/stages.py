@@ -19,6 +19,7 @@ class StageTable:
 
     def __init__(self, known: Mapping[str, StageState] | None = None) -> None:
         self._states: dict[str, StageState] = dict(known or {})
+        self._queued: dict[str, None] = {}  # in their order
         self._groups: dict[str, str | None] = {}
         self._started_ms: dict[str, int] = {}
 
@@ -31,6 +32,11 @@ class StageTable:
         return [stage for stage, state in self._states.items() if state.status == "running"]
 
     @property
+    def queued(self) -> list[str]:
+        """Stages that were queued and have not been started or skipped, in the order of that."""
+        return list(self._queued)
+
+    @property
     def states(self) -> dict[str, StageState] | None:
         return dict(self._states) or None
 
@@ -40,6 +46,10 @@ class StageTable:
         if stage is None or not event.event_type.startswith("stage."):
             return False
         self._groups[stage] = event.group_id
+        if event.event_type == "stage.queued":
+            self._queued[stage] = None
+        else:
+            self._queued.pop(stage, None)
         if event.event_type == "stage.started":
             self._states[stage] = StageState(status="running", started_at=event.timestamp)
             self._started_ms[stage] = event.ts_ms

@@ -12,7 +12,7 @@ from voidbus.actors.messages.telemetry import (
     HostSample,
     ReadTelemetry,
     Sample,
-    SamplePublished,
+    SamplesPublished,
     TelemetryPage,
     TrackRun,
     telemetry_topic,
@@ -27,6 +27,8 @@ from voidbus.transport.message import Message, Right
 # Rings of runs that have ended are kept for this many of them.
 _ENDED_RINGS = 256
 _PAGE_LIMIT = 5000
+# Samples taken from one report of a guest's, and held back for one publication.
+_REPORT_LIMIT = 60
 
 
 class _Ring:
@@ -46,7 +48,9 @@ class _Ring:
 class Telemetry(Actor):
     """Samples host processes every `interval` seconds while there are any, and takes in guests'.
 
-    Samples are worth less than work: a full mailbox sheds the oldest.
+    What is new is published when the host's processes have been sampled, all at once: each
+    publication by itself would wake the node's thread. Samples are worth less than work: a full
+    mailbox sheds the oldest.
     """
 
     mailbox_limit = 10_000
@@ -59,11 +63,13 @@ class Telemetry(Actor):
         self._ring_size = ring_size
         self._rings: OrderedDict[str, _Ring] = OrderedDict()
         self._samplers: dict[str, ProcessSampler] = {}
+        self._fresh: dict[str, list[Sample]] = {}  # not published yet
         self._ticking = False
 
     @handles(TrackRun)
     def on_track(self, message: TrackRun, delivery: Delivery) -> None:
         if not message.pid:
+            self._publish_fresh(message.run_id)
             self._samplers.pop(message.run_id, None)
             self.system.node.retire_topic(telemetry_topic(message.run_id))
             return
@@ -78,8 +84,10 @@ class Telemetry(Actor):
         node = delivery.sender.partition("/")[0]
         if delivery.right is Right.WORK and node != f"run-{message.run_id}":
             raise Refuse(f"{node} may not report for run {message.run_id}")
-        for at_ms, sample in message.samples[:60]:
+        for at_ms, sample in message.samples[:_REPORT_LIMIT]:
             self._record(message.run_id, at_ms, guest=sample)
+        if not self._ticking or len(self._fresh[message.run_id]) >= _REPORT_LIMIT:
+            self._publish_fresh(message.run_id)
 
     @handles(ReadTelemetry)
     def on_read(self, message: ReadTelemetry, delivery: Delivery) -> TelemetryPage:
@@ -105,6 +113,8 @@ class Telemetry(Actor):
                 self._record(run_id, now_ms, host=sampler.sample(now))
             except ProcessGoneError:
                 del self._samplers[run_id]
+        for run_id in list(self._fresh):
+            self._publish_fresh(run_id)
         self._ticking = bool(self._samplers)
         if self._ticking:
             self.after(self._interval, self._tick)
@@ -121,8 +131,12 @@ class Telemetry(Actor):
         if ring is None:
             ring = self._rings[run_id] = _Ring(self._ring_size)
             self._forget_old()
-        sample = ring.add(at_ms, guest=guest, host=host)
-        self.publish(telemetry_topic(run_id), SamplePublished(run_id=run_id, sample=sample))
+        self._fresh.setdefault(run_id, []).append(ring.add(at_ms, guest=guest, host=host))
+
+    def _publish_fresh(self, run_id: str) -> None:
+        samples = tuple(self._fresh.pop(run_id, ()))
+        if samples:
+            self.publish(telemetry_topic(run_id), SamplesPublished(run_id=run_id, samples=samples))
 
     def _forget_old(self) -> None:
         ended = [run_id for run_id in self._rings if run_id not in self._samplers]

@@ -11,8 +11,10 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
+from voidbus.actors.console_door import keep_console
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.actor import Done
 from voidbus.actors.messages.machine import (
@@ -29,6 +31,7 @@ from voidbus.actors.messages.machine import (
     StopMachine,
     WriteGuestFile,
 )
+from voidbus.actors.messages.runs import ConsoleText, ReadConsole
 from voidbus.actors.messages.telemetry import GuestSample, GuestSamples
 from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, Timer, handles
 from voidbus.actors.runtime.process import ProcessIdentity
@@ -69,7 +72,8 @@ _SAMPLES_A_REPORT = 5
 
 
 class VmActor(Actor):
-    """One machine from start to stop. `owner` is the path of the run actor."""
+    """One machine from start to stop. `owner` is the path of the run actor; the machine's console
+    is kept in `directory` when it has ended."""
 
     mailbox_limit = 256
     control: ClassVar[frozenset[type[Message]]] = frozenset({StopMachine, SignalExec})
@@ -83,11 +87,13 @@ class VmActor(Actor):
         owner: str,
         telemetry: str,
         leases: LeaseFile,
+        directory: Path,
     ) -> None:
         super().__init__(place)
         self._owner = owner
         self._telemetry = telemetry
         self._leases = leases
+        self._directory = directory
         self._spec = spec
         self._machine = machine(spec, on_exit=self._machine_exit, on_lease=self._lease)
         self._channel: GuestChannel | None = None
@@ -103,6 +109,10 @@ class VmActor(Actor):
     def on_stop(self) -> None:
         self._machine.kill()
         self._machine.close()
+        try:
+            keep_console(self._directory, self._machine.console())
+        except OSError as error:
+            log.error("%s: the console was not kept: %s", self.path, error)
 
     def on_stop_request(self, timeout: float) -> None:
         grace = max(timeout / 2, timeout - _KILL_RESERVE)
@@ -117,9 +127,13 @@ class VmActor(Actor):
             channel.subscribe_telemetry(_SAMPLE_INTERVAL_MS, self._sampled)
             if message.sidecar is None:
                 return channel, None
+            host, port = message.sidecar
+            address = self._machine.offer_host_port(port)
+            if address is not None:
+                return channel, f"http://{address}:{port}"
             # No network card needed: a port in the guest leads to this one endpoint of the host.
-            port = channel.listen_forward(0, message.sidecar, timeout=_FORWARD_TIMEOUT)
-            return channel, f"http://127.0.0.1:{port}"
+            inside = channel.listen_forward(0, (host, port), timeout=_FORWARD_TIMEOUT)
+            return channel, f"http://127.0.0.1:{inside}"
 
         def started(outcome: tuple[GuestChannel, str | None] | Exception) -> None:
             if isinstance(outcome, Exception):
@@ -186,6 +200,10 @@ class VmActor(Actor):
             self._leases.process(ProcessIdentity(lease.pid, lease.start_time))
         elif lease.path is not None:
             self._leases.path(lease.path)
+
+    @handles(ReadConsole)
+    def on_read_console(self, message: ReadConsole, delivery: Delivery) -> ConsoleText:
+        return ConsoleText(text=self._machine.console().decode(errors="replace"))
 
     # -- programs --------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from voidbus.actors.messages.actor import ActorStatus, InspectSystem, SystemStat
 from voidbus.actors.messages.runs import ListRuns, RunList, run_node
 from voidbus.cli.connect import JOURNAL, SYSTEM, Refusal, Supervisor, connect
 from voidbus.cli.failure import ExitCode, Failure
-from voidbus.cli.options import Place, json_option, state_dir_option
+from voidbus.cli.options import Place, json_option, place_options
 from voidbus.cli.output import duration, paint, plain, print_json, print_table, say
 from voidbus.transport.delivery import Ask
 
@@ -29,20 +29,21 @@ class _Census:
 
 @click.command()
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def actors(place: Place, as_json: bool) -> int:
     """Show every actor: its age, what waits for it, its restarts and its last fault.
 
-    Exits with 1 where a run's process does not answer.
+    Exits with 1 where an actor is stuck or a run's process does not answer.
     """
-    with connect(place.state) as supervisor:
+    with connect(place.where) as supervisor:
         census = _ask_all(supervisor)
     if as_json:
         print_json(_document(census))
     else:
         _print(census)
-    return ExitCode.FAILED if census.unreachable else ExitCode.OK
+    stuck = any(actor.state == "stuck" for system in census.systems for actor in system.actors)
+    return ExitCode.FAILED if stuck or census.unreachable else ExitCode.OK
 
 
 def _ask_all(supervisor: Supervisor) -> _Census:
@@ -103,7 +104,7 @@ def _rows(found: tuple[ActorStatus, ...]) -> list[list[str]]:
         rows.append(
             [
                 label,
-                actor.state,
+                _state(actor),
                 duration(actor.age),
                 f"{actor.depth + actor.control_depth}/{actor.limit}",
                 duration(actor.head_age) if actor.head_age else "-",
@@ -113,6 +114,12 @@ def _rows(found: tuple[ActorStatus, ...]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _state(actor: ActorStatus) -> str:
+    if actor.state != "stuck":
+        return actor.state
+    return f"stuck for {duration(actor.stuck_for)} in {actor.handler}"
 
 
 def _label(path: str, following: list[str]) -> str:

@@ -11,7 +11,7 @@ from voidbus.cli.connect import JOURNAL, RUNS, Supervisor, connect
 from voidbus.cli.failure import ExitCode, Failure
 from voidbus.cli.find import find_run
 from voidbus.cli.follow import Follower
-from voidbus.cli.options import Place, json_option, runs_argument, state_dir_option
+from voidbus.cli.options import Place, json_option, place_options, runs_argument
 from voidbus.cli.output import plain, print_json, say
 
 # The grace a run has where its policy names none, as the HTTP API documents it (seconds).
@@ -32,7 +32,7 @@ BEYOND_GRACE = 60.0
 )
 @click.option("--no-wait", is_flag=True, help="Return when the cancel is accepted.")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def cancel(
     place: Place,
@@ -46,7 +46,7 @@ def cancel(
 
     A run that has ended already stays as it is, and is no error.
     """
-    with connect(place.state, "operate") as supervisor:
+    with connect(place.where, "operate") as supervisor:
         # All are found before any is cancelled: a wrong id cancels nothing.
         found = {state.id: state for state in (find_run(supervisor, run) for run in runs)}
         accepted = [

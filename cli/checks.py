@@ -18,6 +18,7 @@ from voidbus.cli.failure import Failure
 from voidbus.cli.output import size
 from voidbus.cli.state import find_supervisor, read_record
 from voidbus.transport.access import socket_directory
+from voidbus.vm.select import kvm_support, process_support, qemu_support
 
 # pidfd_open(2) came with Linux 5.3; waiting for one with waitid(2) with 5.4.
 _KERNEL = (5, 4)
@@ -209,20 +210,33 @@ def _supervisor(state: Path) -> Check:
 
 
 def _machines() -> list[Check]:
-    kvm = Path("/dev/kvm")
-    if not kvm.exists():
-        device = "/dev/kvm is not there"
-    elif os.access(kvm, os.R_OK | os.W_OK):
-        device = "/dev/kvm can be opened"
-    else:
-        device = "/dev/kvm is there but not for this user"
-    qemu = shutil.which(f"qemu-system-{platform.machine()}")
-    return [
-        Check(
-            "machine process",
-            "note",
-            "works, without isolation: the agent is an ordinary process of this user",
-        ),
-        Check("machine kvm", "note", f"not in this release ({device})"),
-        Check("machine qemu", "note", f"not in this release ({qemu or 'no QEMU is installed'})"),
-    ]
+    """Each kind of machine; a host where only the one without isolation works has a problem."""
+    checks = []
+    for support in (qemu_support(), kvm_support(), process_support()):
+        status: Literal["ok", "note", "problem"] = "ok" if support.works else "note"
+        if support.machine == "qemu":
+            status = "problem" if not support.works else "note" if support.remedy else "ok"
+        elif support.machine == "process":
+            status = "note"
+        name = f"machine {support.machine}"
+        checks.append(Check(name, status, support.detail, support.remedy or ""))
+    return [*checks, _guest_image(), _network()]
+
+
+def _guest_image() -> Check:
+    from voidbus.vm.image.store import ImageError, image_for
+
+    try:
+        image = image_for(None, None)
+    except ImageError as error:
+        return Check("guest image", "problem", str(error), "voidbus image build")
+    return Check("guest image", "ok", f"{image.name} {image.digest[:12]}")
+
+
+def _network() -> Check:
+    from voidbus.vm.network.user_network import available
+
+    problem = available()
+    if problem is None:
+        return Check("guest network", "ok", "passt, behind a filter of frames")
+    return Check("guest network", "note", f"`network: true` does not work: {problem}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from voidbus.cli.failure import ExitCode, Failure
-from voidbus.cli.state import SupervisorRecord, find_supervisor, read_record
+from voidbus.cli.state import Remote, SupervisorRecord, find_supervisor, read_record
 from voidbus.transport.access import AccessError
 from voidbus.transport.delivery import Ask
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message
+from voidbus.transport.remote import load_client_keys
 
 M = TypeVar("M", bound=Message)
 
@@ -49,7 +50,7 @@ class Refusal(Failure):
 class Supervisor:
     """A link to a running supervisor. Use it with `with`."""
 
-    def __init__(self, record: SupervisorRecord, state: Path, leaf: Leaf) -> None:
+    def __init__(self, record: SupervisorRecord, state: Path | Remote, leaf: Leaf) -> None:
         self.record = record
         self.state = state
         self.leaf = leaf
@@ -101,9 +102,11 @@ def _starting(fault: Fault) -> bool:
 
 
 def connect(
-    state: Path, right: Right = "observe", *, link_timeout: float = LINK_TIMEOUT
+    state: Path | Remote, right: Right = "observe", *, link_timeout: float = LINK_TIMEOUT
 ) -> Supervisor:
     """Connect to the supervisor that runs on `state`. Raises Failure where there is none."""
+    if isinstance(state, Remote):
+        return _connect_remote(state, link_timeout)
     record = find_supervisor(state)
     if record is None:
         raise no_supervisor(state)
@@ -116,7 +119,7 @@ def open_link(
     """Connect to the supervisor `record` describes. Raises Failure where it doesn't answer."""
     try:
         leaf = Leaf(
-            f"client-{os.getpid()}-{secrets.token_hex(4)}",
+            _client_name(),
             f"ipc://{record.sockets}/{right}.sock",
             topics_url=f"ipc://{record.sockets}/topics.sock",
         )
@@ -129,6 +132,37 @@ def open_link(
         leaf.close()
         raise
     return Supervisor(record, state, leaf)
+
+
+def _connect_remote(remote: Remote, link_timeout: float) -> Supervisor:
+    """Connect to a supervisor on another machine; its address decides what the link may do."""
+    if not remote.url.startswith("tcp://"):
+        raise Failure(
+            f"--connect {remote.url}: write it as tcp://HOST:PORT. For a supervisor on this host "
+            "use --state-dir",
+            ExitCode.USAGE,
+        )
+    try:
+        leaf = Leaf(_client_name(), remote.url, keys=load_client_keys(remote.keys))
+    except AccessError as error:
+        raise Failure(str(error), ExitCode.NO_SUPERVISOR) from error
+    try:
+        if not leaf.wait_up(link_timeout):
+            refused = f": {leaf.refused}" if leaf.refused else f" within {link_timeout:g} s"
+            raise Failure(
+                f"no link to {remote.url}{refused}. Nothing listens there, or the keys in "
+                f"{remote.keys} are not let in: on the supervisor's host, see remote in its "
+                "configuration, and make keys with: voidbus keys client NAME",
+                ExitCode.NO_SUPERVISOR,
+            )
+    except BaseException:
+        leaf.close()
+        raise
+    return Supervisor(SupervisorRecord(0, 0, "unknown", remote.url, ""), remote, leaf)
+
+
+def _client_name() -> str:
+    return f"client-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def no_supervisor(state: Path) -> Failure:
@@ -161,14 +195,15 @@ def _no_link(
     )
 
 
-def explain(fault: Fault, state: Path) -> Refusal:
+def explain(fault: Fault, state: Path | Remote) -> Refusal:
     """What a fault means to an operator."""
     reason = fault.reason
     if reason in (FaultReason.LINK_LOST, FaultReason.CLOSED):
+        look = f"on {state}" if isinstance(state, Remote) else f"voidbus doctor --state-dir {state}"
         return Refusal(
             fault,
             f"the connection to the supervisor was lost ({fault.detail}). See whether it still "
-            f"runs: voidbus doctor --state-dir {state}",
+            f"runs: {look}",
             ExitCode.NO_SUPERVISOR,
         )
     if reason is FaultReason.EXPIRED:

@@ -11,7 +11,7 @@ from voidbus.cli.connect import JOURNAL, Supervisor, connect
 from voidbus.cli.event_line import event_line, log_text
 from voidbus.cli.find import find_run
 from voidbus.cli.follow import Follower
-from voidbus.cli.options import Place, json_option, run_argument, state_dir_option
+from voidbus.cli.options import Place, json_option, place_options, run_argument
 from voidbus.cli.output import plain, print_json, print_json_line, say, say_now
 
 
@@ -26,7 +26,7 @@ from voidbus.cli.output import plain, print_json, print_json_line, say, say_now
     help="Only events after this number (they begin at 0).",
 )
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def events(place: Place, run: str, follow: bool, since: int, as_json: bool) -> None:
     """Show a run's events.
@@ -45,7 +45,7 @@ def events(place: Place, run: str, follow: bool, since: int, as_json: bool) -> N
 )
 @click.option("--stage", metavar="STAGE", help="Only what this stage printed.")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def logs(
     place: Place, run: str, follow: bool, stream: str | None, stage: str | None, as_json: bool
@@ -75,7 +75,7 @@ def _show(
     wanted: Callable[[RunEvent], bool],
     line: Callable[[RunEvent], str],
 ) -> None:
-    with connect(place.state) as supervisor:
+    with connect(place.where) as supervisor:
         run_id = find_run(supervisor, run).id
         if follow:
             for event in _followed(supervisor, run_id, since):

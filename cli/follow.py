@@ -17,6 +17,7 @@ from voidbus.actors.messages.runs import (
 from voidbus.cli.connect import ASK_TIMEOUT, JOURNAL, Refusal, Supervisor
 from voidbus.cli.failure import ExitCode, Failure
 from voidbus.cli.output import warn
+from voidbus.cli.state import Remote
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.topics import Gap, Publication
 
@@ -214,10 +215,13 @@ class Follower:
             self._told = True
             warn(f"lost the supervisor; waiting up to {GIVE_UP:g} s for it to come back")
         if now - self._down_since > GIVE_UP:
+            state = self._supervisor.state
+            serve = (
+                f"on {state}" if isinstance(state, Remote) else f"voidbus serve --state-dir {state}"
+            )
             raise Failure(
                 f"the supervisor has been gone for {GIVE_UP:g} s; the run {self.run_id} may still "
-                f"be alive. Start the supervisor, which adopts it: voidbus serve --state-dir "
-                f"{self._supervisor.state}; then: voidbus events {self.run_id} --follow "
-                f"--since {self.last}",
+                f"be alive. Start the supervisor, which adopts it: {serve}; then: voidbus events "
+                f"{self.run_id} --follow --since {self.last}",
                 ExitCode.NO_SUPERVISOR,
             )

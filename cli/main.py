@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _open_standard_files()
         code = _run(given)
         sys.stdout.flush()
+        if arguments is None:  # as a program, of which nothing follows but its end
+            _ignore_interrupts()
     except KeyboardInterrupt:
         return _leave_at_once()
     except BrokenPipeError:
@@ -92,16 +94,20 @@ def _show_traceback() -> bool:
 
 def _leave_at_once() -> int:
     """After Ctrl-C: one line, and 130 (128 + SIGINT) as shells have it."""
-    import signal
-
-    # A further Ctrl-C while the interpreter ends would print a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _ignore_interrupts()
     try:
         sys.stderr.write(f"{PROGRAM}: interrupted\n")
         sys.stderr.flush()
     except OSError:
         return 130
     return 130
+
+
+def _ignore_interrupts() -> None:
+    """A further Ctrl-C, while the interpreter ends, would print a traceback."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave_silently() -> int:

@@ -20,7 +20,7 @@ from voidbus.cli.connect import RUNS, connect
 from voidbus.cli.failure import ExitCode, Failure
 from voidbus.cli.find import find_run
 from voidbus.cli.given import read_text
-from voidbus.cli.options import Place, json_option, run_argument, state_dir_option
+from voidbus.cli.options import Place, json_option, place_options, run_argument
 from voidbus.cli.output import note, plain, print_json, print_table, say
 from voidbus.sidecar.model import InboxEntry, InboxSnapshot, Intent
 
@@ -34,7 +34,7 @@ def inbox() -> None:
 @run_argument
 @click.argument("file", metavar="FILE|-")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def put(place: Place, run: str, file: str, as_json: bool) -> None:
     """Replace a run's whole inbox by the JSON in FILE, or on standard input where it is `-`.
@@ -47,7 +47,7 @@ def put(place: Place, run: str, file: str, as_json: bool) -> None:
         snapshot = InboxSnapshot.model_validate_json(text)
     except ValidationError as error:
         raise Failure(f"{file} is no inbox: {_fields(error)}", ExitCode.USAGE) from error
-    with connect(place.state, "operate") as supervisor:
+    with connect(place.where, "operate") as supervisor:
         run_id = find_run(supervisor, run).id
         state = supervisor.ask(RUNS, PutInbox(run_id=run_id, inbox=snapshot), SidecarState)
     _tell(state, as_json)
@@ -61,7 +61,7 @@ def put(place: Place, run: str, file: str, as_json: bool) -> None:
 @click.option("--summary", metavar="TEXT", help='What it says: {"summary_text": TEXT}.')
 @click.option("--id", "message_id", metavar="ID", help="Its id (default: a new one).")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def message(
     place: Place,
@@ -80,7 +80,7 @@ def message(
         kind=kind,
         payload=_payload(payload, summary),
     )
-    with connect(place.state, "operate") as supervisor:
+    with connect(place.where, "operate") as supervisor:
         run_id = find_run(supervisor, run).id
         state = supervisor.ask(RUNS, PushMessage(run_id=run_id, entry=entry), SidecarState)
     _tell(state, as_json)
@@ -90,11 +90,11 @@ def message(
 @run_argument
 @click.option("--drain", is_flag=True, help="Take them away: nobody else will get them.")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def intents(place: Place, run: str, drain: bool, as_json: bool) -> None:
     """Show the intents a run's agent has sent, also after its end."""
-    with connect(place.state, "operate") as supervisor:
+    with connect(place.where, "operate") as supervisor:
         run_id = find_run(supervisor, run).id
         answer = supervisor.ask(RUNS, ReadIntents(run_id=run_id, drain=drain), IntentList)
     if as_json:

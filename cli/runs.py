@@ -9,7 +9,7 @@ import click
 from voidbus.actors.messages.runs import ListRuns, RunList, RunState, RunStatus, run_node
 from voidbus.cli.connect import JOURNAL, Refusal, Supervisor, connect
 from voidbus.cli.find import find_run
-from voidbus.cli.options import Place, json_option, run_argument, state_dir_option
+from voidbus.cli.options import Place, json_option, place_options, run_argument
 from voidbus.cli.output import (
     STATUS_COLOURS,
     duration,
@@ -31,12 +31,12 @@ _STATES = ["active", "terminal", *(status.value for status in RunStatus)]
 @click.option("-a", "--all", "everything", is_flag=True, help="Also runs that have ended.")
 @click.option("--state", type=click.Choice(_STATES), help="Only runs in this state.")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def ps(place: Place, everything: bool, state: str | None, as_json: bool) -> None:
     """List runs, newest first; those that have not ended, unless told otherwise."""
     group, status = _chosen(everything, state)
-    with connect(place.state) as supervisor:
+    with connect(place.where) as supervisor:
         listed = supervisor.ask(JOURNAL, ListRuns(state=group), RunList)
     if status is not None:
         kept = tuple(run for run in listed.runs if run.status.value == status)
@@ -86,11 +86,11 @@ def _row(run: RunState) -> list[str]:
 @click.command()
 @run_argument
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def inspect(place: Place, run: str, as_json: bool) -> None:
     """Show one run: its state, stages, machine, result, and its sidecar while it is alive."""
-    with connect(place.state) as supervisor:
+    with connect(place.where) as supervisor:
         state = find_run(supervisor, run)
         sidecar = _sidecar(supervisor, state)
     if as_json:

@@ -40,7 +40,7 @@ def serve(place: Place, config: Path | None, log_level: str | None, ephemeral: b
 
     if ephemeral:
         threading.Thread(target=_end_with_owner, name="owner-watch", daemon=True).start()
-    given = place.given
+    given = place.given if place.url is None else place.state  # which says why not
     flags = {
         "state_dir": str(given.absolute()) if given is not None else None,
         "log.level": log_level,

@@ -10,6 +10,8 @@ from pathlib import Path
 from voidbus.cli.failure import ExitCode, Failure
 
 RECORD = "supervisor.json"
+# Where the keys for other machines are, unless the configuration says otherwise.
+KEYS_FOLDER = "keys"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,24 @@ class SupervisorRecord:
     @property
     def alive(self) -> bool:
         return process_start_time(self.pid) == self.start_time
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A supervisor on another machine: one of its addresses, and the file of this client's keys."""
+
+    url: str
+    keys: Path
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def default_client_keys() -> Path:
+    """Where a client's keys are looked for: $XDG_CONFIG_HOME/voidbus/client.keys."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    folder = Path(base) if base.startswith("/") else Path("~/.config").expanduser()
+    return folder / "voidbus" / "client.keys"
 
 
 def state_directory(given: Path | None) -> Path:

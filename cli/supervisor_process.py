@@ -15,9 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
+import zmq
+
 from voidbus.actors.event import timestamp
 from voidbus.actors.journal import Journal
+from voidbus.actors.messages.actor import ActorStuck, ActorWentOn, liveness_topic
 from voidbus.actors.messages.journal import CountRuns, NodeJoined, ProcessExited
+from voidbus.actors.messages.runs import run_node
 from voidbus.actors.messages.supervisor import StopSupervisor
 from voidbus.actors.root import ROOT_PATH, Identity, Root
 from voidbus.actors.run_process import ENTRY, PRELOAD
@@ -28,12 +32,22 @@ from voidbus.actors.runtime.spawner import Spawner
 from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
 from voidbus.actors.runtime.system import System
 from voidbus.actors.telemetry import Telemetry
+from voidbus.cli.state import KEYS_FOLDER
 from voidbus.spec.supervisor import SupervisorConfig
-from voidbus.transport.access import ipc_endpoints, secure_directory, socket_directory
+from voidbus.transport.access import (
+    AccessError,
+    Endpoints,
+    ipc_endpoints,
+    secure_directory,
+    socket_directory,
+)
 from voidbus.transport.admission import CLIENT_PREFIX
 from voidbus.transport.control import Hello
 from voidbus.transport.fault import Fault
 from voidbus.transport.hub import Hub
+from voidbus.transport.message import Right
+from voidbus.transport.remote import remote_endpoints
+from voidbus.transport.topics import Publication
 
 log = logging.getLogger("voidbus.supervisor")
 
@@ -99,9 +113,24 @@ class SupervisorProcess:
             stack.callback(lock.release)
             try:
                 sockets = secure_directory(socket_directory(state_dir))
-            except Exception as error:
+                remote = _remote(self.config, state_dir)
+            except AccessError as error:
                 raise SupervisorError(str(error)) from error
-            return _Tree(self.config, state_dir, sockets, stack).run()
+            return _Tree(self.config, state_dir, sockets, remote, stack).run()
+
+
+def _remote(config: SupervisorConfig, state_dir: Path) -> Endpoints | None:
+    """Where to listen for other machines. Raises AccessError where there are no keys for it."""
+    given = config.remote
+    urls = {Right.OBSERVE: given.observe, Right.OPERATE: given.operate}
+    rights = {right: url for right, url in urls.items() if url is not None}
+    if not rights and given.topics is None:
+        return None
+    folder = given.keys or state_dir / KEYS_FOLDER
+    try:
+        return remote_endpoints(folder, rights, given.topics or "")
+    except AccessError as error:
+        raise AccessError(f"{error}. Make them: voidbus keys server --folder {folder}") from error
 
 
 class _Tree:
@@ -112,11 +141,13 @@ class _Tree:
         config: SupervisorConfig,
         state_dir: Path,
         sockets: Path,
+        remote: Endpoints | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self._config = config
         self._state_dir = state_dir
         self._sockets = sockets
+        self._remote = remote
         self._stack = stack
         self._over = threading.Event()
         self._reason: ExitReason | None = None
@@ -133,10 +164,10 @@ class _Tree:
         warming = threading.Thread(target=spawner.start, name="zygote-start", daemon=True)
         warming.start()
         self._stack.callback(warming.join, 10.0)
-        self._hub = Hub(
-            HUB_NAME, ipc_endpoints(self._sockets), on_join=self._joined, hold_work=True
-        )
+        self._hub = self._make_hub()
         self._stack.callback(self._hub.close)
+        # What run processes say of themselves: their actors' liveness.
+        self._hub.subscribe(run_node(""), _log_liveness)
         system = System(self._hub)
         self._stack.callback(system.stop, 10.0)
         identity = Identity(version("voidbus"), str(self._state_dir), timestamp(time.time_ns()))
@@ -161,6 +192,28 @@ class _Tree:
             log.error("the supervisor failed: %s", self._reason.detail)
             return 1
         return 0
+
+    def _make_hub(self) -> Hub:
+        try:
+            hub = Hub(
+                HUB_NAME,
+                ipc_endpoints(self._sockets),
+                remote=self._remote,
+                on_join=self._joined,
+                hold_work=True,
+            )
+        except zmq.ZMQError as error:
+            wanted = self._config.remote
+            urls = [url for url in (wanted.observe, wanted.operate, wanted.topics) if url]
+            where = ", ".join([str(self._sockets), *urls])
+            raise SupervisorError(
+                f"cannot listen on all of {where}: {error.strerror}; see who listens there, or "
+                "configure other addresses"
+            ) from error
+        if hub.remote is not None:
+            bound = [*hub.remote.rights.values(), hub.remote.topics]
+            log.info("for other machines: %s", ", ".join(filter(None, bound)))
+        return hub
 
     def _children(self, system: System, spawner: Spawner) -> tuple[ChildSpec, ...]:
         config = self._config
@@ -257,6 +310,18 @@ class _Tree:
     def _undescribe(self) -> None:
         with contextlib.suppress(OSError):
             (self._state_dir / DESCRIPTION_FILE).unlink()
+
+
+def _log_liveness(publication: Publication) -> None:
+    node, message = publication.topic.partition("/")[0], publication.message
+    if publication.topic != liveness_topic(node):
+        return
+    if isinstance(message, ActorStuck):
+        # A run process may publish what it likes; a log has a line for each event.
+        said = (message.path[:200], message.handler[:200], message.seconds)
+        log.error("%s: its actor %r is stuck: in %r for %.0f s", node, *said)
+    elif isinstance(message, ActorWentOn):
+        log.warning("%s: its actor %r goes on", node, message.path[:200])
 
 
 def _notify_systemd(state: str) -> None:

@@ -9,7 +9,7 @@ import click
 from voidbus.actors.messages.telemetry import ReadTelemetry, Sample, TelemetryPage
 from voidbus.cli.connect import TELEMETRY, connect
 from voidbus.cli.find import find_run
-from voidbus.cli.options import Place, json_option, run_argument, state_dir_option
+from voidbus.cli.options import Place, json_option, place_options, run_argument
 from voidbus.cli.output import note, print_json, print_table, size
 
 
@@ -24,11 +24,11 @@ from voidbus.cli.output import note, print_json, print_table, size
 )
 @click.option("--stage", metavar="STAGE", help="Only samples taken during this stage.")
 @json_option
-@state_dir_option
+@place_options
 @click.pass_obj
 def telemetry(place: Place, run: str, from_seq: int, stage: str | None, as_json: bool) -> None:
     """Show samples of what a run's guest and its process on the host use, oldest first."""
-    with connect(place.state) as supervisor:
+    with connect(place.where) as supervisor:
         run_id = find_run(supervisor, run).id
         page = supervisor.ask(
             TELEMETRY,

@@ -35,6 +35,7 @@ def _section(value: Any) -> Any:
 
 MemoryMb = Annotated[int, Field(ge=MIN_MEMORY_MB, le=MAX_MEMORY_MB)]
 Vcpus = Annotated[int, Field(ge=MIN_VCPUS, le=MAX_VCPUS)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[int, Field(ge=0, le=U64_MAX)]
 LowerText = Annotated[str, BeforeValidator(_lower)]
 
@@ -52,7 +53,9 @@ class MountSpec(SpecModel):
 
 
 class SandboxSpec(SpecModel):
-    """The machine of a run. `memory_mb` is in mebibytes. `guest_image: ""` turns pulling off."""
+    """The machine of a run. `memory_mb` is in mebibytes. `host_ports` are TCP ports of the host's
+    127.0.0.1 that a guest with `network` may reach at 10.0.2.2. `guest_image: ""` turns pulling
+    off."""
 
     mode: LowerText = "auto"
     kernel: str | None = None
@@ -62,6 +65,7 @@ class SandboxSpec(SpecModel):
     network: bool = False
     env: Mapping[str, str] = Field(default_factory=dict)
     mounts: Items[MountSpec] = ()
+    host_ports: Items[Port] = ()
     image: str | None = None
     guest_image: str | None = None
     snapshot: str | None = None

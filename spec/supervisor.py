@@ -35,6 +35,21 @@ class TelemetryConfig(ConfigModel):
     buffer_size: Annotated[int, Field(ge=1, le=1_000_000)] = 5000
 
 
+TcpAddress = Annotated[
+    str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^tcp://\[[^\s/]+\]:[0-9]{1,5}$")
+]
+
+
+class RemoteConfig(ConfigModel):
+    """Where the supervisor listens for other machines, by tcp and with CURVE keys; by default
+    nowhere. `keys` is a folder (default: `keys` in the state directory)."""
+
+    observe: TcpAddress | None = None
+    operate: TcpAddress | None = None
+    topics: TcpAddress | None = None
+    keys: PathText | None = None
+
+
 class LogConfig(ConfigModel):
     """What the supervisor logs, and how."""
 
@@ -50,6 +65,7 @@ class SupervisorConfig(ConfigModel):
     stop_deadline_secs: PositiveSeconds = 30.0
     adoption_deadline_secs: PositiveSeconds = 10.0
     telemetry: TelemetryConfig = TelemetryConfig()
+    remote: RemoteConfig = RemoteConfig()
     log: LogConfig = LogConfig()
 
 

@@ -43,14 +43,17 @@ class ClientKeys:
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where a hub listens: one URL for each right, and the topics. `keys` come with tcp only."""
+    """Where a hub listens: one URL for each right, and the topics, if any.
+
+    `keys` come with tcp only.
+    """
 
     rights: dict[Right, str]
     topics: str
     keys: ServerKeys | None = None
 
     def __post_init__(self) -> None:
-        for url in (*self.rights.values(), self.topics):
+        for url in filter(None, (*self.rights.values(), self.topics)):
             require_safe(url, has_keys=self.keys is not None)
 
 

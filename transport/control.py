@@ -23,12 +23,16 @@ class Hello(Message, tag="link.hello"):
 
 
 class Welcome(Message, tag="link.welcome"):
-    """The hub takes the link. `now` is bus time; `boot` says whose monotonic clock it is."""
+    """The hub takes the link. `now` is bus time; `boot` says whose monotonic clock it is.
+
+    `topics_port` is where, on the same host, a link by tcp finds the topics; 0: nowhere.
+    """
 
     hub: str
     instance: int
     now: float
     boot: str
+    topics_port: int = 0
 
 
 class Refused(Message, tag="link.refused"):

@@ -7,41 +7,30 @@ for topics. Leaves name themselves with a HELLO; on the work endpoint it must be
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from voidbus.transport.access import Endpoints
 from voidbus.transport.admission import Admission, ExpectedNode
 from voidbus.transport.control import Hello, Refused, Subscribed, Welcome, boot_identity
-from voidbus.transport.delivery import DeadlineWheel
-from voidbus.transport.envelope import (
-    ATTACHMENT_LIMIT,
-    Envelope,
-    FrameError,
-    Kind,
-    destination,
-)
+from voidbus.transport.envelope import Envelope, FrameError, Kind, destination
 from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.forwarding import Forwarded, Forwards, Identity
+from voidbus.transport.hub_sockets import HubSockets
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
-from voidbus.transport.node import Node, Subscription
-from voidbus.transport.topics import TopicSequencer
+from voidbus.transport.node import Node
+from voidbus.transport.subscription import Subscription
+from voidbus.transport.topics import PREFIX_LIMIT, TopicSequencer
 
-# Links a hub keeps at once, and asks it forwards at once.
+# Links a hub keeps at once.
 LINKS_LIMIT = 8192
-FORWARDS_LIMIT = 65536
 
 # How long after a connection ended the links are probed (seconds): the monitor's event may come
 # before the ROUTER has taken the peer out of its table.
 _PROBE_DELAY = 0.02
-# The longest prefix one may subscribe to (bytes).
-_PREFIX_LIMIT = 1024
-
 _monotonic = time.monotonic
 
 
@@ -61,22 +50,12 @@ class _Link:
         self.last_heard = now
 
 
-@dataclass(frozen=True, slots=True)
-class _Forwarded:
-    """An ask or tell passed on to another node: who sent it, to whom, until when."""
-
-    number: int
-    kind: Kind
-    origin_node: str
-    target_node: str
-    deadline: float
-
-
 class Hub(Node):
     """The node in the middle. `on_join(hello)` and `on_leave(node)` run on its thread.
 
     With `hold_work`, nodes on the work endpoint that are not expected get no answer until
-    `open_work`: whom to expect is yet to be read, and a refusal would be for good.
+    `open_work`: whom to expect is yet to be read, and a refusal would be for good. `remote` are
+    endpoints beside the others, for other machines.
     """
 
     def __init__(
@@ -84,6 +63,7 @@ class Hub(Node):
         name: str,
         endpoints: Endpoints,
         *,
+        remote: Endpoints | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         on_join: Callable[[Hello], None] | None = None,
         on_leave: Callable[[str], None] | None = None,
@@ -103,28 +83,22 @@ class Hub(Node):
         )
         self.endpoints = endpoints
         self.addresses: dict[Right, str] = {}
+        self.topics_address = ""
+        self.remote: Endpoints | None = None
+        self._remote_routers: frozenset[zmq.Socket[bytes]] = frozenset()
         self._admission = Admission(name, self.instance, is_open=not hold_work)
         self._sent = TopicSequencer()
-        self.topics_address = ""
         self._on_join = on_join
         self._on_leave = on_leave
-        self._high_water = high_water
         self._link_timeout = link_timeout
-        self._rights: dict[zmq.Socket[bytes], Right] = {}
-        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._probe_at: float | None = None
         self._links: dict[str, _Link] = {}
         self._by_identity: dict[tuple[zmq.Socket[bytes], bytes], _Link] = {}
-        self._forwards: dict[tuple[int, int], _Forwarded] = {}
-        self._forward_numbers: dict[int, tuple[int, int]] = {}
-        self._forward_wheel = DeadlineWheel()
-        self._next_forward = 0
+        self._forwards = Forwards()
         self._sweep_at: float | None = None
-        self._authenticator: ThreadAuthenticator | None = None
-        self._xpub: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
-        self._opened = threading.Event()
+        self._sockets = HubSockets(self._context, high_water)
         try:
-            self._bind()
+            self._bind(endpoints, remote)
         except BaseException:
             self.close_sockets()
             super().close()
@@ -158,62 +132,24 @@ class Hub(Node):
 
     # -- sockets ---------------------------------------------------------------------------
 
-    def _bind(self) -> None:
-        keys = self.endpoints.keys
-        if keys is not None:
-            self._authenticator = ThreadAuthenticator(self._context)
-            self._authenticator.start()
-            for right, folder in keys.clients.items():
-                self._authenticator.configure_curve(domain=right.name, location=str(folder))
-        for right, url in self.endpoints.rights.items():
-            router = self._context.socket(zmq.ROUTER)
-            self._rights[router] = right
-            router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            self._prepare(router, right)
-            if not url.startswith("inproc:"):  # which has no monitor
-                self._monitors[router.get_monitor_socket(zmq.EVENT_DISCONNECTED)] = router
-            self.addresses[right] = self._bind_socket(router, url)
-        self._xpub.setsockopt(zmq.XPUB_VERBOSE, 1)
-        self._prepare(self._xpub, Right.OBSERVE)
-        self.topics_address = self._bind_socket(self._xpub, self.endpoints.topics)
-
-    def _prepare(self, socket: zmq.Socket[bytes], right: Right) -> None:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, self._high_water)
-        socket.setsockopt(zmq.RCVHWM, self._high_water)
-        socket.setsockopt(zmq.MAXMSGSIZE, ATTACHMENT_LIMIT)
-        keys = self.endpoints.keys
-        if keys is not None:
-            socket.curve_secretkey = keys.secret
-            socket.curve_publickey = keys.public
-            socket.curve_server = True
-            socket.zap_domain = right.name.encode()
-
-    @staticmethod
-    def _bind_socket(socket: zmq.Socket[bytes], url: str) -> str:
-        socket.bind(url)
-        bound = socket.getsockopt(zmq.LAST_ENDPOINT)
-        return bound.rstrip(b"\0").decode() if isinstance(bound, bytes) else url
+    def _bind(self, endpoints: Endpoints, remote: Endpoints | None) -> None:
+        bound = self._sockets.bind(endpoints)
+        self.addresses, self.topics_address = bound.rights, bound.topics
+        if remote is not None:
+            local = frozenset(self._sockets.rights)
+            self.remote = self._sockets.bind(remote)
+            self._remote_routers = frozenset(self._sockets.rights) - local
 
     def open_sockets(self) -> None:
-        self._opened.set()
+        """They were bound when the hub was made, so that what can't be bound is said there."""
 
     def close_sockets(self) -> None:
         for link in list(self._links.values()):
             self._send(link, Envelope(Kind.BYE, f"{link.node}/", f"{self.name}/"))
-        for monitor, router in self._monitors.items():
-            router.disable_monitor()
-            monitor.close(linger=0)
-        for router, right in self._rights.items():
-            if self.addresses.get(right, "").startswith("inproc:"):
-                router.unbind(self.addresses[right])  # closing frees the name only some time later
-            router.close(linger=100)  # the BYEs leave; a peer that doesn't read them can't hold us
-        self._xpub.close(linger=0)
-        if self._authenticator is not None:
-            self._authenticator.stop()
+        self._sockets.close()
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
-        return [*self._rights, *self._monitors, self._xpub]
+        return self._sockets.all()
 
     def _from_bus_time(self, moment: float) -> float:
         return moment
@@ -221,10 +157,10 @@ class Hub(Node):
     # -- what comes in ---------------------------------------------------------------------
 
     def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        if socket is self._xpub:
-            self._take_subscription(frames[0])
+        if socket in self._sockets.topics:
+            self._take_subscription(frames)
             return
-        if socket in self._monitors:
+        if socket in self._sockets.monitors:
             self._probe_at = self._probe_at or _monotonic() + _PROBE_DELAY
             return
         identity = frames[0]
@@ -268,7 +204,7 @@ class Hub(Node):
         if known is not None and known.node != hello.node:
             self.counters["unauthorised"] += 1  # one connection has one name
             return
-        right = self._rights[socket]
+        right = self._sockets.rights[socket]
         refusal = self._refusal(hello, right)
         if refusal is not None and right is Right.WORK and not self._admission.is_open:
             # Whom to expect is still being read; it says hello again in a moment.
@@ -290,11 +226,23 @@ class Hub(Node):
         self._by_identity[socket, identity] = link
         if self._sweep_at is None:
             self._sweep_at = now + self._link_timeout / 2
-        welcome = Welcome(hub=self.name, instance=self.instance, now=now, boot=boot_identity())
+        welcome = Welcome(
+            hub=self.name,
+            instance=self.instance,
+            now=now,
+            boot=boot_identity(),
+            topics_port=self._topics_port(socket),
+        )
         new = old is None or old.hello.instance != hello.instance
         if new and self._on_join is not None:
             self._loop.defer(partial(self._on_join, hello))
         self._send(link, _control(Kind.WELCOME, hello.node, self.name, welcome))
+
+    def _topics_port(self, socket: zmq.Socket[bytes]) -> int:
+        """Where, on this host, a link by `socket` finds the topics; 0 for one that was told."""
+        if self.remote is None or socket not in self._remote_routers:
+            return 0
+        return int(self.remote.topics.rpartition(":")[2] or 0)
 
     def _refusal(self, hello: Hello, right: Right) -> str | None:
         present = self._links.get(hello.node)
@@ -356,35 +304,14 @@ class Hub(Node):
         if identity in self._forwards:
             self.counters["replayed"] += 1
             return
-        is_ask = envelope.kind is Kind.ASK
-        if is_ask and len(self._forwards) >= FORWARDS_LIMIT:
+        if not self._forwards.note(envelope, link.node, target):
             self._return(envelope, FaultReason.OVERLOADED, "the hub forwards too many asks")
             return
-        # A tell is noted so that it can come back, while that takes no room from asks.
-        if is_ask or len(self._forwards) < FORWARDS_LIMIT // 2:
-            self._note_forward(identity, link.node, target, envelope)
         fault = self._send(found, envelope)
         # Where the link was dropped on the way, an ask has been answered already.
-        if fault is not None and (self._end_forward(identity) is not None or not is_ask):
+        ended = fault and self._forwards.end(identity)
+        if fault is not None and (ended is not None or envelope.kind is not Kind.ASK):
             self._return(envelope, *fault)
-
-    def _note_forward(
-        self, identity: tuple[int, int], origin: str, target: str, envelope: Envelope
-    ) -> None:
-        self._next_forward += 1
-        number = self._next_forward
-        self._forwards[identity] = _Forwarded(
-            number, envelope.kind, origin, target, envelope.deadline
-        )
-        self._forward_numbers[number] = identity
-        self._forward_wheel.add(number, envelope.deadline)
-
-    def _end_forward(self, identity: tuple[int, int]) -> _Forwarded | None:
-        forwarded = self._forwards.pop(identity, None)
-        if forwarded is not None:
-            del self._forward_numbers[forwarded.number]
-            self._forward_wheel.discard(forwarded.number, forwarded.deadline)
-        return forwarded
 
     def _take_reply(self, link: _Link, envelope: Envelope) -> None:
         """A REPLY or FAULT: only from the node that was asked, only to the one that asked."""
@@ -402,7 +329,7 @@ class Hub(Node):
         if forwarded.kind is Kind.TELL and envelope.kind is not Kind.FAULT:
             self.counters["late_replies"] += 1
             return
-        self._end_forward(identity)
+        self._forwards.end(identity)
         origin = self._links.get(forwarded.origin_node)
         if origin is None or self._send(origin, envelope) is not None:
             self.counters["replies_dropped"] += 1
@@ -417,11 +344,12 @@ class Hub(Node):
         super().retire_topic(topic)
         self._loop.call(lambda: self._sent.retire(topic))
 
-    def _take_subscription(self, frame: bytes) -> None:
-        if frame[:1] != b"\x01":
-            return
-        if len(frame) > _PREFIX_LIMIT:
+    def _take_subscription(self, frames: list[bytes]) -> None:
+        frame = frames[0]
+        if len(frames) > 1 or frame[:1] not in (b"\x00", b"\x01") or len(frame) > 1 + PREFIX_LIMIT:
             self.counters["malformed"] += 1
+            return
+        if frame[:1] == b"\x00":  # one that ends
             return
         prefix = frame[1:].decode(errors="replace")
         # What has left, not what was numbered: a mark must not overtake what is still queued.
@@ -449,20 +377,8 @@ class Hub(Node):
             )
         else:
             fault = self._send(link, envelope)
-        if fault is None:
-            return
-        if envelope.kind is Kind.ASK:
-            ask = self._asks.take(envelope.sequence)
-            if ask is not None:
-                self._fail_ask(ask, *fault)
-        elif envelope.kind is Kind.TELL:
-            self.counters[f"fault_{fault[0].value}"] += 1
-            self._take_returned_tell(
-                Envelope(Kind.FAULT, envelope.sender, envelope.dest, origin=envelope.origin),
-                Fault(reason=fault[0], detail=fault[1], address=envelope.dest),
-            )
-        else:
-            self.counters["replies_dropped"] += 1
+        if fault is not None:
+            self._not_sent(envelope, *fault)
 
     def _send(self, link: _Link, envelope: Envelope) -> tuple[FaultReason, str] | None:
         fault = self._send_raw(link.socket, link.identity, envelope)
@@ -488,10 +404,11 @@ class Hub(Node):
 
     def _send_topic(self, envelope: Envelope) -> None:
         self._publish_here(envelope)
-        try:
-            self._loop.send(self._xpub, envelope.frames())
-        except (zmq.Again, FrameError):
-            self.counters["publications_dropped"] += 1
+        for xpub in self._sockets.topics:
+            try:
+                self._loop.send(xpub, envelope.frames())
+            except (zmq.Again, FrameError):
+                self.counters["publications_dropped"] += 1
 
     # -- links that end --------------------------------------------------------------------
 
@@ -501,9 +418,8 @@ class Hub(Node):
             self._by_identity.pop((link.socket, link.identity), None)
         for ask in self._asks.take_nodes(lambda name: name == node):
             self._fail_ask(ask, reason, detail)
-        for identity in [i for i, f in self._forwards.items() if f.target_node == node]:
-            forwarded = self._end_forward(identity)
-            if forwarded is not None and forwarded.kind is Kind.ASK:
+        for identity, forwarded in self._forwards.end_to(node):
+            if forwarded.kind is Kind.ASK:
                 self._fail_forward(identity, forwarded, reason, detail)
         if link is not None and self._on_leave is not None:
             self._loop.defer(partial(self._on_leave, node))
@@ -520,7 +436,7 @@ class Hub(Node):
                 self._send(link, Envelope(Kind.PONG, f"{link.node}/", f"{self.name}/"))
 
     def _fail_forward(
-        self, identity: tuple[int, int], forwarded: _Forwarded, reason: FaultReason, detail: str
+        self, identity: Identity, forwarded: Forwarded, reason: FaultReason, detail: str
     ) -> None:
         origin = self._links.get(forwarded.origin_node)
         if origin is None:
@@ -533,14 +449,12 @@ class Hub(Node):
         self._send(origin, envelope)
 
     def _timer_at(self) -> float | None:
-        timers = (self._sweep_at, self._probe_at, self._forward_wheel.next_at())
+        timers = (self._sweep_at, self._probe_at, self._forwards.next_at())
         moments = [moment for moment in timers if moment is not None]
         return min(moments) if moments else None
 
     def _on_timer(self, now: float) -> None:
-        for number in self._forward_wheel.due(now):
-            identity = self._forward_numbers.pop(number)
-            self._forwards.pop(identity, None)  # the asker ends it by its own deadline
+        self._forwards.expire(now)
         if self._probe_at is not None and now >= self._probe_at:
             self._probe_at = None
             self._probe()

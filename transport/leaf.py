@@ -22,10 +22,12 @@ from voidbus.transport.access import ClientKeys, require_safe
 from voidbus.transport.address import AddressError, parse_address
 from voidbus.transport.control import Hello, Refused, Welcome, boot_identity
 from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, FrameError, Kind
-from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import CodecError
-from voidbus.transport.node import Node, Subscription
+from voidbus.transport.node import Node
+from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import OnGap, OnPublication
+from voidbus.transport.wire import readable, receive_frames
 
 _monotonic = time.monotonic
 
@@ -208,6 +210,11 @@ class Leaf(Node):
         elif kind is not Kind.PONG:
             self.counters["unexpected_kind"] += 1
 
+    def _read_events(self) -> None:
+        """Take what the monitor has told of the connection."""
+        while self._monitor is not None and readable(self._monitor):
+            self._take_event(receive_frames(self._monitor))
+
     def _take_event(self, frames: list[bytes]) -> None:
         # zmq_socket_monitor(3): the event in 16 bits and its value in 32, in native order. Reading
         # them here and not by zmq.utils.monitor saves a client the import of asyncio, 30 ms.
@@ -248,6 +255,9 @@ class Leaf(Node):
         same_clock = welcome.boot and welcome.boot == boot_identity()
         self._clock_offset = 0.0 if same_clock else welcome.now - _monotonic()
         self._hub_name = welcome.hub
+        if welcome.topics_port and not self._topics_url:
+            # A link by tcp is told where the topics are; the host is the one it has reached.
+            self._topics_url = f"{self._url.rpartition(':')[0]}:{welcome.topics_port}"
         if not self._up:
             self._up = True
             self._hello_at = None
@@ -277,22 +287,8 @@ class Leaf(Node):
             fault = self._send(envelope)
         else:
             fault = (FaultReason.LINK_LOST, self._refused or "there is no link to the hub")
-        if fault is None:
-            return
-        if envelope.kind is Kind.ASK:
-            ask = self._asks.take(envelope.sequence)
-            if ask is not None:
-                self._fail_ask(ask, *fault)
-        elif envelope.kind is Kind.TELL:
-            self.counters[f"fault_{fault[0].value}"] += 1
-            self._take_returned_tell(
-                Envelope(Kind.FAULT, envelope.sender, envelope.dest, origin=self.instance),
-                Fault(reason=fault[0], detail=fault[1], address=envelope.dest),
-            )
-        elif envelope.kind is Kind.PUBLISH:
-            self.counters["publications_dropped"] += 1
-        else:
-            self.counters["replies_dropped"] += 1
+        if fault is not None:
+            self._not_sent(envelope, *fault)
 
     def _send(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
         if self._dealer is None:
@@ -300,6 +296,11 @@ class Leaf(Node):
         try:
             self._loop.send(self._dealer, envelope.frames())
         except zmq.Again:
+            # Full, or without a connection: then its end has been told to the monitor already.
+            was_up = self._up
+            self._read_events()
+            if was_up and not self._up:
+                return FaultReason.LINK_LOST, "the connection to the hub ended"
             self.counters["link_full"] += 1
             return FaultReason.OVERLOADED, "the link to the hub is full"
         except FrameError as error:

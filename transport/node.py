@@ -18,84 +18,23 @@ from itertools import count
 
 import zmq
 
-from voidbus.transport.address import Address, parse_address
+from voidbus.transport.address import Address, AddressError, parse_address
 from voidbus.transport.delivery import Ask, Delivery, PendingAsks, Receiver
 from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.socket_loop import SocketLoop
-from voidbus.transport.topics import (
-    OnGap,
-    OnPublication,
-    Publication,
-    TopicSequencer,
-    TopicTracker,
-    Verdict,
-)
+from voidbus.transport.subscription import Subscription
+from voidbus.transport.topics import PREFIX_LIMIT, OnGap, OnPublication, TopicSequencer
 
 _monotonic = time.monotonic
 _log = logging.getLogger("voidbus.transport")
 
-# Frames read from one socket before the others get their turn.
-_BURST = 256
-
 # Above this many characters of key and trace the header's limit is looked at before queuing.
 _LONG_FIELDS = 512
 
-# The longest sleep (milliseconds): zmq_poll's timeout is a C long and a deadline may be any time.
-_LONGEST_SLEEP = 3_600_000
-
 # The key of a FAULT that brings back a tell, which tells it from a late answer to an ask.
 RETURNED_TELL = "tell"
-
-
-class Subscription:
-    """A subscriber's hold on every topic that begins with `prefix`. Close it with `cancel`."""
-
-    def __init__(
-        self, node: Node, prefix: str, on_publication: OnPublication, on_gap: OnGap | None
-    ) -> None:
-        self.prefix = prefix
-        self._node = node
-        self._on_publication = on_publication
-        self._on_gap = on_gap
-        self._trackers: dict[str, TopicTracker] = {}
-        self._ready = threading.Event()
-
-    @property
-    def lost(self) -> int:
-        """Publications known to be lost, over all topics."""
-        return sum(tracker.lost for tracker in list(self._trackers.values()))
-
-    def wait_ready(self, timeout: float) -> bool:
-        """Wait until the publisher knows of it: from then on nothing is missed unseen."""
-        return self._ready.wait(timeout)
-
-    def cancel(self) -> None:
-        self._node.unsubscribe(self)
-
-    def take(self, envelope: Envelope) -> None:
-        """Account for a publication and pass it on. Runs on the node's thread; must not block."""
-        if envelope.kind is Kind.MARK and not envelope.sequence:
-            # The last of the marks a subscription gets.
-            if envelope.dest == self.prefix:
-                self._ready.set()
-            return
-        topic = envelope.dest
-        tracker = self._trackers.get(topic)
-        if tracker is None:
-            if len(self._trackers) >= 65536:  # a hub that invents topics must not fill our memory
-                self._trackers.clear()
-            tracker = self._trackers[topic] = TopicTracker(topic)
-        mark = envelope.kind is Kind.MARK
-        verdict, gap = tracker.observe(envelope.origin, envelope.sequence, mark=mark)
-        if gap is not None and self._on_gap is not None:
-            self._node.guard(self._on_gap, gap)
-        if mark or verdict is Verdict.DUPLICATE:
-            return
-        message = message_type(envelope.tag, envelope.version).from_json(envelope.body)
-        publication = Publication(topic, envelope.origin, envelope.sequence, message)
-        self._node.guard(self._on_publication, publication)
 
 
 class Node(ABC):
@@ -130,6 +69,7 @@ class Node(ABC):
         self._sequencer = TopicSequencer()
         self._publish_lock = threading.Lock()
         self._subscriptions: list[Subscription] = []
+        self._alarm: tuple[float, Callable[[], None]] | None = None
 
     # -- what a user of the bus calls ------------------------------------------------------
 
@@ -290,13 +230,24 @@ class Node(ABC):
         """Get every publication on topics that begin with `prefix`, on the node's thread.
 
         `on_gap` is the catch-up hook: it is told which numbers were lost, to fetch them elsewhere.
+        Raises AddressError for a prefix over PREFIX_LIMIT bytes.
         """
+        if len(prefix.encode()) > PREFIX_LIMIT:
+            raise AddressError(f"a prefix of topics has {PREFIX_LIMIT} bytes at most")
         subscription = Subscription(self, prefix, on_publication, on_gap)
         self._loop.call(lambda: self._add_subscription(subscription))
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
         self._loop.call(lambda: self._remove_subscription(subscription))
+
+    def wake_at(self, moment: float, run: Callable[[], None]) -> None:
+        """Call `run` on the node's thread at `moment` (monotonic), once; it must be quick.
+
+        There is one such call: another one set before takes effect no more.
+        """
+        self._alarm = (moment, run)
+        self._loop.timers_changed()
 
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, end every ask, close the sockets, join the thread. Idempotent."""
@@ -453,6 +404,23 @@ class Node(ABC):
             returned = Delivery(path, envelope.sender, fault, deadline=_monotonic() + 30.0)
             self.guard(receiver.deliver, returned)
 
+    def _not_sent(self, envelope: Envelope, reason: FaultReason, detail: str) -> None:
+        """Tell who sent an envelope here that it could not leave, or count it."""
+        if envelope.kind is Kind.ASK:
+            ask = self._asks.take(envelope.sequence)
+            if ask is not None:
+                self._fail_ask(ask, reason, detail)
+        elif envelope.kind is Kind.TELL:
+            self.counters[f"fault_{reason.value}"] += 1
+            self._take_returned_tell(
+                Envelope(Kind.FAULT, envelope.sender, envelope.dest, origin=self.instance),
+                Fault(reason=reason, detail=detail, address=envelope.dest),
+            )
+        elif envelope.kind is Kind.PUBLISH:
+            self.counters["publications_dropped"] += 1
+        else:
+            self.counters["replies_dropped"] += 1
+
     # -- the way to the sockets ------------------------------------------------------------
 
     def _submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
@@ -466,12 +434,18 @@ class Node(ABC):
         return self._loop.submit(envelope)
 
     def next_timer(self) -> float | None:
-        moments = [m for m in (self._asks.next_at(), self._timer_at()) if m is not None]
+        alarm = self._alarm
+        timers = (self._asks.next_at(), self._timer_at(), alarm[0] if alarm else None)
+        moments = [moment for moment in timers if moment is not None]
         return min(moments) if moments else None
 
     def on_timer(self, now: float) -> None:
         for ask in self._asks.take_due(now):
             self._fail_ask(ask, FaultReason.EXPIRED, "no reply before the deadline")
+        alarm = self._alarm
+        if alarm is not None and now >= alarm[0]:
+            self._alarm = None
+            self.guard(alarm[1])
         self._on_timer(now)
 
     def _parse(self, frames: Sequence[bytes]) -> Envelope | None:

@@ -8,6 +8,9 @@ from enum import Enum, auto
 
 from voidbus.transport.message import Message
 
+# The longest prefix one may subscribe to (bytes): libzmq keeps a node of a tree for each byte.
+PREFIX_LIMIT = 1024
+
 
 class TopicSequencer:
     """The publisher's side: the numbers of each topic, starting at 1. Not thread-safe."""

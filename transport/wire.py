@@ -10,6 +10,11 @@ from collections.abc import Sequence
 
 import zmq
 
+from voidbus.transport.envelope import ATTACHMENTS_LIMIT
+
+# One more than a message may have: routing identity, header and body, attachments.
+FRAMES_KEPT = 2 + ATTACHMENTS_LIMIT + 1
+
 _NOW = int(zmq.NOBLOCK)
 _MORE_NOW = int(zmq.SNDMORE) | int(zmq.NOBLOCK)
 _RCVMORE = int(zmq.RCVMORE)
@@ -26,10 +31,16 @@ def send_frames(socket: zmq.Socket[bytes], frames: Sequence[bytes]) -> None:
 
 
 def receive_frames(socket: zmq.Socket[bytes]) -> list[bytes]:
-    """Receive one message. Raises zmq.Again where there is none."""
+    """Receive one message. Raises zmq.Again where there is none.
+
+    Of one with more frames than any of ours, those past FRAMES_KEPT are read and let go; what is
+    left has too many for every reader.
+    """
     frames = [socket.recv(_NOW)]
     while socket.getsockopt(_RCVMORE):
-        frames.append(socket.recv(_NOW))
+        frame = socket.recv(_NOW)
+        if len(frames) < FRAMES_KEPT:
+            frames.append(frame)
     return frames
 
 

@@ -24,7 +24,10 @@ class InspectSystem(Message, tag="actor.inspect_system", right=Right.OBSERVE):
 
 
 class ActorStatus(Message, tag="actor.status"):
-    """One actor. Ages in seconds; `head_age` is how long its oldest message waits."""
+    """One actor. Ages in seconds; `head_age` is how long its oldest message waits.
+
+    `state`: running, stopping or stuck. One that is stuck is in `handler` for `stuck_for` seconds.
+    """
 
     path: str
     kind: str
@@ -40,6 +43,8 @@ class ActorStatus(Message, tag="actor.status"):
     shed: int
     restarts: int
     last_fault: str
+    stuck_for: float = 0.0
+    handler: str = ""
 
 
 class SystemStatus(Message, tag="actor.system_status"):
@@ -59,3 +64,29 @@ class Terminated(Message, tag="actor.terminated"):
     generation: int
     reason: str
     detail: str
+
+
+class ActorStuck(Message, tag="actor.stuck"):
+    """An actor has been at one message for too long, published once on `NODE/liveness`.
+
+    `handler` is the type of the message, or the function it is in; `seconds` since it began.
+    """
+
+    path: str
+    handler: str
+    seconds: float
+
+
+class ActorWentOn(Message, tag="actor.went_on"):
+    """An actor that was stuck takes messages again, published on `NODE/liveness`.
+
+    `seconds` after it had begun with what it was stuck in, at most: it was seen by a later check.
+    """
+
+    path: str
+    handler: str
+    seconds: float
+
+
+def liveness_topic(node: str) -> str:
+    return f"{node}/liveness"

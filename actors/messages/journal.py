@@ -94,6 +94,19 @@ class ActiveRuns(Message, tag="journal.active_runs"):
     last_generation: int
 
 
+class ReadStages(Message, tag="journal.read_stages"):
+    """The events of a run that tell of its stages, all of them: for who ends it in its place."""
+
+    run_id: str
+
+
+class StageEvents(Message, tag="journal.stage_events"):
+    """Events whose type begins with `stage.`, in order."""
+
+    run_id: str
+    events: tuple[RunEvent, ...]
+
+
 class TakeIntents(Message, tag="journal.take_intents"):
     """The intents left by a run that has ended; with `drain` they are taken away."""
 

@@ -6,6 +6,7 @@ Times are RFC 3339 in UTC with `Z`.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -198,6 +199,14 @@ class EventPublished(Message, tag="runs.event"):
     event: RunEvent
 
 
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+
+def is_run_id(text: str) -> bool:
+    """Whether it may name a run: it becomes part of addresses and paths."""
+    return _RUN_ID.match(text) is not None
+
+
 def events_topic(run_id: str) -> str:
     """The topic a run's events are published on, after they are journaled."""
     return f"events/{run_id}"
@@ -206,3 +215,16 @@ def events_topic(run_id: str) -> str:
 def run_node(run_id: str) -> str:
     """The name of a run process's node on the bus."""
     return f"run-{run_id}"
+
+
+class ReadConsole(Message, tag="runs.read_console", right=Right.OBSERVE):
+    """What did this run's machine write to its console? Ask `supervisor/runs`; for a run that
+    goes on, it asks `run-<id>/vm`."""
+
+    run_id: str
+
+
+class ConsoleText(Message, tag="runs.console"):
+    """The last 64 KiB of a machine's console, as text; "" where nothing was written."""
+
+    text: str

@@ -65,11 +65,11 @@ class GuestSamples(Message, tag="telemetry.guest_samples", right=Right.WORK):
     samples: tuple[tuple[int, GuestSample], ...]
 
 
-class SamplePublished(Message, tag="telemetry.sample"):
-    """A sample, published on `telemetry/<run id>`."""
+class SamplesPublished(Message, tag="telemetry.samples"):
+    """New samples of a run, oldest first, published on `telemetry/<run id>` once an interval."""
 
     run_id: str
-    sample: Sample
+    samples: tuple[Sample, ...]
 
 
 class TrackRun(Message, tag="telemetry.track"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 import pykka
 
 from voidbus.actors.messages.actor import Done, Inspect, Terminated
+from voidbus.actors.runtime.liveness import Activity
 from voidbus.actors.runtime.mailbox import Item, Mailbox, Overflow, Waited
 from voidbus.actors.runtime.policy_model import ExitKind, ExitReason
 from voidbus.actors.runtime.pykka_inbox import PykkaInbox
@@ -138,6 +139,7 @@ class Actor(pykka.ThreadingActor):
         self._pykka.owner = place.path
         self._pykka.handle = self._handle_receive
         self.mailbox: Mailbox = self._pykka.mailbox
+        self.activity = Activity()
         self.handled = 0
         self.exit_reason: ExitReason | None = None
         self._timers = TimerQueue(lambda: self.system.clock())
@@ -295,22 +297,37 @@ class Actor(pykka.ThreadingActor):
         self._thread.start()
 
     def _actor_loop(self) -> None:
+        activity, liveness = self.activity, self.system.liveness
+        activity.thread = self._thread
         try:
+            self._now_at("on_start")
             self.on_start()
             self.system.started(self)
             while not self._ending():
                 wait = None
                 if self._timers:  # mostly there are none, and to look costs a message's fifth
+                    self._now_at("a timer")
                     wait = self._timers.run_due(self._ending)
                     if self._ending():
                         break
+                activity.end()
                 item = self.mailbox.get(wait)
                 if item is not None:
+                    activity.begin(item)
+                    if not liveness.armed:
+                        liveness.arm()
                     self.handled += 1
                     self._take(item)
         except BaseException as error:  # noqa: BLE001 - SystemExit too ends this actor only
             self._fail(error)
+        self._now_at("on_stop")
         self._finish()
+        activity.end()
+
+    def _now_at(self, what: str) -> None:
+        self.activity.begin(what)
+        if not self.system.liveness.armed:
+            self.system.liveness.arm()
 
     def _ending(self) -> bool:
         return self.exit_reason is not None

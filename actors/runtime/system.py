@@ -18,6 +18,7 @@ from voidbus.actors.messages.actor import (
     Terminated,
 )
 from voidbus.actors.runtime.actor import Actor, Place
+from voidbus.actors.runtime.liveness import STUCK_SECONDS, Activity, Liveness
 from voidbus.actors.runtime.policy_model import ExitKind, ExitReason
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
@@ -51,9 +52,16 @@ class _Entry:
 class System:
     """Starts actors, knows them by path, and tells who asked when one has ended."""
 
-    def __init__(self, node: Node, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stuck_after: float = STUCK_SECONDS,
+    ) -> None:
         self.node = node
         self.clock = clock
+        self.liveness = Liveness(node, self._activities, stuck_after)
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._reserved: set[str] = set()  # paths whose actor is being made
@@ -243,11 +251,13 @@ class System:
         if entry is None:
             return None
         mailbox = entry.actor.mailbox.statistics()
+        stuck = self.liveness.stuck_for(entry.actor.activity)
+        state = "stopping" if entry.actor.exit_reason else "running"
         return ActorStatus(
             path=path,
             kind=type(entry.actor).__name__,
             generation=entry.actor.generation,
-            state="stopping" if entry.actor.exit_reason else "running",
+            state="stuck" if stuck else state,
             age=self.clock() - entry.started,
             depth=mailbox.depth,
             control_depth=mailbox.control_depth,
@@ -258,7 +268,13 @@ class System:
             shed=mailbox.shed,
             restarts=restarts,
             last_fault=last_fault,
+            stuck_for=stuck[0] if stuck else 0.0,
+            handler=stuck[1] if stuck else "",
         )
+
+    def _activities(self) -> list[tuple[str, Activity]]:
+        with self._lock:
+            return [(path, entry.actor.activity) for path, entry in self._entries.items()]
 
     def forget(self, path: str) -> None:
         """Drop the history of a path that will not be used again."""

@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from journal_kit import a_batch, a_run
 
+from voidbus.actors.event import EventMaker
 from voidbus.actors.journal_store import (
     JournalConflict,
     JournalError,
     JournalStore,
     NoSuchRun,
 )
-from voidbus.actors.messages.journal import ProcessRecord, RunOutcome, RunProgress
+from voidbus.actors.messages.journal import AppendEvents, ProcessRecord, RunOutcome, RunProgress
 from voidbus.actors.messages.runs import RunStatus
 
 SUCCEEDED = RunOutcome(status=RunStatus.SUCCEEDED)
@@ -133,6 +134,20 @@ def test_events_are_read_after_a_seq_and_by_stream(store: JournalStore) -> None:
     store.append(a_batch(first=2, count=4))
     assert [e.seq for e in store.events("r1", after=3, limit=10)] == [4, 5]
     assert [e.seq for e in store.events("r1", after=-1, limit=2, stream="stdout")] == [2, 3]
+
+
+def test_the_events_of_its_stages_are_found_among_all_of_a_run(store: JournalStore) -> None:
+    store.create(a_run(), 1)
+    maker = EventMaker("r1", "mock", 2)
+    events = (
+        maker.make("stage.queued", "a queued", stage="a"),
+        maker.make("log.chunk", "stage.queued", stage="a", stream="stdout"),
+        maker.make("log.cut", "cut", stage="a"),
+        maker.make("stage.started", "a started", stage="a"),
+    )
+    store.append(AppendEvents(run_id="r1", generation=1, events=events))
+    assert store.stage_events("r1") == (events[0], events[3])
+    assert store.stage_events("nobody") == ()
 
 
 def test_an_unknown_run_is_named(store: JournalStore) -> None:

@@ -100,6 +100,49 @@ def test_stages_that_ran_are_ended_with_the_run(tmp_path: Path, cancelled: bool)
     }
 
 
+def test_stages_that_were_only_queued_are_skipped(tmp_path: Path) -> None:
+    maker = EventMaker("r1", "mock", 0)
+    journaled = [
+        maker.make("stage.queued", f"{name} queued", stage=name, group=f"g-{name}")
+        for name in ("a", "b", "c", "d")
+    ]
+    journaled.append(maker.make("stage.started", "a started", stage="a", group="g-a"))
+    spooled(
+        tmp_path,
+        AppendEvents(
+            run_id="r1",
+            generation=7,
+            events=(
+                maker.make("stage.completed", "a completed", stage="a", group="g-a"),
+                maker.make("stage.started", "b started", stage="b", group="g-b"),
+            ),
+        ),
+    )
+    result = recover(
+        state_of(last_seq=4),
+        tmp_path,
+        reason="it was killed",
+        cancel_reason=None,
+        stage_events=journaled,
+    )
+    ends = result.batches[-1].events
+    assert [(e.event_type, e.stage_name, e.group_id) for e in ends] == [
+        ("stage.failed", "b", "g-b"),
+        ("stage.skipped", "c", "g-c"),
+        ("stage.skipped", "d", "g-d"),
+        ("run.failed", None, None),
+    ]
+    assert (ends[1].payload or {})["reason"] == "it was killed"
+    progress = result.batches[-1].progress
+    assert progress is not None
+    assert {name: s.status for name, s in (progress.stage_states or {}).items()} == {
+        "a": "succeeded",
+        "b": "failed",
+        "c": "skipped",
+        "d": "skipped",
+    }
+
+
 def test_batches_carry_the_generation_the_journal_has(tmp_path: Path) -> None:
     spooled(tmp_path, a_batch(first=2, generation=3))
     assert {batch.generation for batch in recovered(tmp_path).batches} == {7}

@@ -155,6 +155,28 @@ def test_a_killed_run_process_fails_its_run_only_and_its_children_die_with_it(
     gapless(client, doomed)
 
 
+def test_stages_a_killed_run_process_had_only_queued_are_skipped(
+    client: Client, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "never")
+    wait = f"wait: echo waiting; cat {tmp_path / 'never'}"
+    after = "      depends_on: [wait]\n"
+    run_id = client.start(workflow_spec(tmp_path, wait, "after: echo done", extra=after))
+    client.wait_for(run_id, lambda event: event.message == "waiting")
+    pid = client.state(run_id).run_process
+    assert pid is not None
+    kill(pid)
+    state = client.wait_end(run_id)
+    ends = [
+        (event.event_type, event.stage_name)
+        for event in client.events(run_id)
+        if event.event_type in ("stage.failed", "stage.skipped")
+    ]
+    assert ends == [("stage.failed", "wait"), ("stage.skipped", "after")]
+    assert state.stage_states is not None
+    assert state.stage_states["after"].status == "skipped"
+
+
 def test_a_recycled_pid_is_not_adopted(supervisor: Supervisor, client: Client) -> None:
     run_id = client.start(SANDBOX)
     client.wait_type(run_id, "sandbox.ready")

@@ -16,7 +16,8 @@ from voidbus.actors.messages.telemetry import (
     GuestSample,
     GuestSamples,
     ReadTelemetry,
-    SamplePublished,
+    Sample,
+    SamplesPublished,
     TelemetryPage,
     TrackRun,
     telemetry_topic,
@@ -63,13 +64,15 @@ class Published:
 
     def __init__(self, system: System, run_id: str) -> None:
         self._changed = threading.Condition()
-        self.samples: list[SamplePublished] = []
+        self.samples: list[Sample] = []
+        self.publications = 0
         system.node.subscribe(telemetry_topic(run_id), self._take).wait_ready(PATIENCE)
 
     def _take(self, publication: Publication) -> None:
-        assert isinstance(publication.message, SamplePublished)
+        assert isinstance(publication.message, SamplesPublished)
         with self._changed:
-            self.samples.append(publication.message)
+            self.samples.extend(publication.message.samples)
+            self.publications += 1
             self._changed.notify_all()
 
     def wait_count(self, number: int) -> None:
@@ -152,14 +155,52 @@ def test_a_tracked_process_is_sampled_and_published_until_it_is_let_go(system: S
     me = current_identity()
     ask(system, "telemetry", TrackRun(run_id="r1", pid=me.pid, start_time=me.start_time)).wait()
     published.wait_count(3)
-    assert [p.sample.seq for p in published.samples[:3]] == [1, 2, 3]
-    host = published.samples[2].sample.host
+    assert [sample.seq for sample in published.samples[:3]] == [1, 2, 3]
+    host = published.samples[2].host
     assert host is not None
     assert host.rss_bytes > 1_000_000
     reply(ask(system, "telemetry", TrackRun(run_id="r1", pid=0, start_time=0)), Done)
     last = page(system).next_seq
     hand_in(system, guest(1, run_id="r2"))  # a turn of the actor's loop later
     assert page(system).next_seq == last
+
+
+def test_a_report_is_one_publication(system: System) -> None:
+    published = Published(system, "r1")
+    hand_in(system, guest(100, 200, 300))
+    published.wait_count(3)
+    assert published.publications == 1
+
+
+def test_while_the_host_is_sampled_a_guests_samples_are_published_with_its() -> None:
+    with local_system() as system:
+        system.start(Telemetry, "telemetry", interval=3600.0, ring_size=100)
+        published = Published(system, "r1")
+        me = current_identity()
+        track = TrackRun(run_id="r1", pid=me.pid, start_time=me.start_time)
+        reply(ask(system, "telemetry", track), Done)
+        published.wait_count(1)
+        hand_in(system, guest(100, 200))
+        hand_in(system, guest(300))
+        assert (published.publications, page(system).next_seq) == (1, 4)
+        reply(ask(system, "telemetry", TrackRun(run_id="r1", pid=0, start_time=0)), Done)
+        published.wait_count(4)
+        assert [sample.seq for sample in published.samples] == [1, 2, 3, 4]
+        assert published.publications == 2
+
+
+def test_what_is_held_back_for_a_publication_is_bounded() -> None:
+    with local_system() as system:
+        system.start(Telemetry, "telemetry", interval=3600.0, ring_size=100)
+        published = Published(system, "r1")
+        me = current_identity()
+        track = TrackRun(run_id="r1", pid=me.pid, start_time=me.start_time)
+        reply(ask(system, "telemetry", track), Done)
+        published.wait_count(1)
+        hand_in(system, guest(*range(40)))
+        assert published.publications == 1
+        hand_in(system, guest(*range(40)))
+        published.wait_count(81)
 
 
 def test_a_process_that_ends_is_let_go_by_itself(system: System) -> None:

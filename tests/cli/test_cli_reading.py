@@ -178,6 +178,18 @@ def test_actors_are_shown_as_a_tree_with_their_last_faults(
     assert "2/100" in lines[2]
 
 
+def test_actors_shows_which_one_is_stuck_and_in_what(
+    supervisor: FakeSupervisor, voidbus: Voidbus
+) -> None:
+    stuck = {"state": "stuck", "stuck_for": 12.4, "handler": "runs.count \x1b[2J"}
+    supervisor.root_status = stuck
+    result = voidbus("actors")
+    assert result.code == 1
+    assert "root     stuck for 12s in runs.count \\x1b[2J" in result.out
+    document = json.loads(voidbus("actors", "--json").out)
+    assert stuck.items() <= document["systems"][0]["actors"][1].items()
+
+
 def test_actors_says_which_run_process_does_not_answer(
     supervisor: FakeSupervisor, voidbus: Voidbus
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from voidbus.actors.runtime.actor import Actor, Place, handles
+from voidbus.actors.runtime.liveness import STUCK_SECONDS
 from voidbus.actors.runtime.system import System
 from voidbus.transport.access import inproc_endpoints
 from voidbus.transport.delivery import Ask, Delivery
@@ -74,12 +75,14 @@ class FakeClock:
 
 
 @contextlib.contextmanager
-def local_system(clock: Callable[[], float] = time.monotonic) -> Iterator[System]:
+def local_system(
+    clock: Callable[[], float] = time.monotonic, stuck_after: float = STUCK_SECONDS
+) -> Iterator[System]:
     """A system on a hub; afterwards no thread and no descriptor of it may be left."""
     threads = set(threading.enumerate())
     descriptors = _descriptors()
     hub = Hub("here", inproc_endpoints(f"kit-{next(_numbers)}"))
-    system = System(hub, clock=clock)
+    system = System(hub, clock=clock, stuck_after=stuck_after)
     try:
         yield system
     finally:

@@ -81,6 +81,7 @@ class FakeSupervisor:
         self.asked: list[Message] = []
         self.answers: dict[type[Message], Callable[[Delivery], None]] = {}
         self.page_limit = 500
+        self.root_status: dict[str, Any] = {}
         self.heard = threading.Condition()
         self._pid = pid or os.getpid()
         state.mkdir(parents=True, exist_ok=True)
@@ -264,8 +265,7 @@ class FakeSupervisor:
             ended=state.status.terminal,
         )
 
-    @staticmethod
-    def _system() -> SystemStatus:
+    def _system(self) -> SystemStatus:
         def status(path: str, **more: Any) -> ActorStatus:
             return ActorStatus(
                 **{
@@ -293,7 +293,7 @@ class FakeSupervisor:
             threads=5,
             actors=(
                 status("journal", restarts=2, last_fault="disk full"),
-                status("root"),
+                status("root", **self.root_status),
                 status("runs"),
                 status("runs/one"),
             ),

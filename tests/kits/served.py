@@ -25,9 +25,10 @@ def clean_environment(state: Path) -> dict[str, str]:
 class Served:
     """A supervisor on a state directory. Use it with `with`; it is gone afterwards."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, **environment: str) -> None:
         self.state = state
-        self.environ = clean_environment(state)
+        self.environ = clean_environment(state) | environment
+        self.said = ""
         self.process = self._start()
 
     def __enter__(self) -> Served:
@@ -54,6 +55,7 @@ class Served:
                 process.kill()
                 process.communicate()
                 raise AssertionError(f"the supervisor did not come up: {said.decode()}")
+        self.said = said.decode()
         return process
 
     def _reap(self) -> None:

@@ -1,0 +1,155 @@
+"""Guests that flood their host: memory stays bounded, and the machine is slowed or ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine_kit import WAIT, MakeGuest, Running, machines_of, open_files, shell
+
+from voidbus.vm.channel import ExecCall
+from voidbus.vm.image.cpio import regular, write_archive
+from voidbus.vm.image.store import default_store
+from voidbus.vm.machine import Forward, MachineError
+from voidbus.vm.qemu.machine import QemuMachine
+
+pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+
+BOUND = 64 * 1024 * 1024
+"""What a flood may add to this process's memory (bytes): buffers of every layer, and slack."""
+
+_CONSOLE_FLOOD = """#!/bin/sh
+/bin/busybox mount -t devtmpfs dev /dev
+exec /bin/busybox yes 'a line that never ends being written' > /dev/console
+"""
+
+# Answers the handshake, then sends chunks of programs nobody runs, and nothing else.
+_CHANNEL_FLOOD = """#!/usr/bin/python3.11 -IS
+import sys
+sys.path.append("/usr/lib/voidbus")
+from guest.connection import Connection
+
+def flood(self, request_id, body):
+    size = 0x100000
+    frame = (size + 4).to_bytes(4, "little") + bytes([15]) + (77777).to_bytes(4, "little")
+    while True:
+        self._sock.sendall(frame + bytes(size))
+
+Connection._configure = flood
+from guest.init import main
+sys.exit(main())
+"""
+
+
+def resident() -> int:
+    """Resident memory of this process (bytes), proc_pid_statm(5)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeGuest]:
+    with machines_of(QemuMachine, tmp_path) as make:
+        yield make
+
+
+def with_init(folder: Path, script: str) -> dict[str, Path]:
+    """The base image with another /init: a later archive's files replace an earlier one's."""
+    image = default_store().current()
+    initramfs = folder / "hostile.cpio"
+    shutil.copyfile(image.initramfs, initramfs)
+    with initramfs.open("ab") as file:
+        write_archive([regular("init", script.encode(), 0o755)], file)
+    return {"kernel": image.kernel, "initramfs": initramfs}
+
+
+def test_a_guest_that_floods_its_console_is_slowed_and_its_start_ends_in_time(
+    make: MakeGuest, tmp_path: Path
+) -> None:
+    guest = make(**with_init(tmp_path, _CONSOLE_FLOOD))
+    before = resident()
+    with pytest.raises(MachineError, match="a line that never ends"):
+        guest.machine.start(15)
+    assert len(guest.machine.console()) <= 64 * 1024
+    assert resident() - before < BOUND
+
+
+def test_a_program_whose_output_nobody_reads_waits_and_fills_no_memory(make: MakeGuest) -> None:
+    guest = make().start()
+    go_on, ended = threading.Event(), threading.Event()
+    before = resident()
+    call = ExecCall("sh", ("-c", "yes | head -c 200000000"))
+
+    def never(stream: str, data: bytes) -> None:
+        go_on.wait(WAIT)
+
+    handle = guest.channel.exec(call, never, lambda _: ended.set())
+    assert not ended.wait(5)
+    assert resident() - before < BOUND
+    handle.signal(9)
+    go_on.set()
+    assert ended.wait(WAIT)
+
+
+def test_a_flood_into_a_forward_that_nobody_reads_fills_no_memory(make: MakeGuest) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        guest = make(forwards=(Forward(0, ("127.0.0.1", port)),)).start()
+        inside = guest.channel.forwards[0]
+        before = resident()
+        running = shell(guest.channel, f"yes | nc 127.0.0.1 {inside}", timeout=60)
+        held, _ = server.accept()
+        with held:
+            # It is held, never read; requests beside it are answered all the same.
+            for _ in range(20):
+                guest.channel.ping(WAIT)
+            waiting = threading.Event()
+            assert not waiting.wait(3)
+            assert resident() - before < BOUND
+        running.handle.signal(9)
+        running.result()
+
+
+def test_many_connections_into_a_forward_are_bounded(make: MakeGuest) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as server:
+        port = server.getsockname()[1]
+        guest = make(forwards=(Forward(0, ("127.0.0.1", port)),)).start()
+        inside = guest.channel.forwards[0]
+        files = open_files()
+        script = (
+            "import socket\n"
+            "held=[]\n"
+            "for _ in range(900):\n"
+            "    s=socket.socket()\n"
+            "    s.settimeout(5)\n"
+            "    try:\n"
+            f"        s.connect(('127.0.0.1',{inside}))\n"
+            "    except OSError:\n"
+            "        s.close()\n"
+            "    else:\n"
+            "        held.append(s)\n"
+            "print('done',flush=True)\n"
+            "import time\n"
+            "time.sleep(60)\n"
+        )
+        running = Running(guest.channel, ExecCall("python3", ("-c", script)))
+        running.wait_for(b"done")
+        assert open_files() - files <= 600
+        guest.channel.ping(WAIT)
+        running.handle.signal(9)
+        running.result()
+
+
+def test_a_guest_that_floods_the_control_channel_ends_only_its_own_start(
+    make: MakeGuest, tmp_path: Path
+) -> None:
+    guest = make(**with_init(tmp_path, _CHANNEL_FLOOD))
+    before = resident()
+    with pytest.raises(MachineError, match="configure"):
+        guest.machine.start(20)
+    assert resident() - before < BOUND
+    assert guest.exited.wait(WAIT)

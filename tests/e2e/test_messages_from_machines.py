@@ -1,0 +1,101 @@
+"""A guest reaches its run's sidecar, by the vsock forward and through its network card."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+from machine_kit import Guest, machines_of, run, shell
+from sidecar_kit import RunningSidecar, inbox, running_sidecar
+
+from voidbus.vm.qemu.machine import QemuMachine
+
+pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+
+
+class Place:
+    """A guest, the sidecar it reaches, and the address it reaches it at."""
+
+    def __init__(self, guest: Guest, sidecar: RunningSidecar, url: str) -> None:
+        self.guest = guest
+        self.sidecar = sidecar
+        self.url = url
+
+    def void_message(self, *arguments: str) -> str:
+        words = " ".join(f"'{argument}'" for argument in arguments)
+        script = f"VOID_SIDECAR_URL={self.url} void-message {words}"
+        result = shell(self.guest.channel, script).result()
+        assert (result.exit_code, result.stderr) == (0, b"")
+        return result.stdout.decode()
+
+    def http(self, path: str) -> str:
+        code = (
+            "import sys, urllib.request as request\n"
+            "print(request.urlopen(sys.argv[1], timeout=20).read().decode())"
+        )
+        result = run(self.guest.channel, "python3", "-c", code, self.url + path)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout.decode()
+
+
+@pytest.fixture(
+    scope="module",
+    params=["vsock", pytest.param("card", marks=pytest.mark.needs("passt"))],
+)
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    network = request.param == "card"
+    folder = tmp_path_factory.mktemp("machine")
+    with running_sidecar() as sidecar, machines_of(QemuMachine, folder) as make:
+        assert not isinstance(sidecar.address, str)
+        guest = make(network=network).start()
+        host, port = sidecar.address
+        if network:
+            assert guest.machine.offer_host_port(port) == "10.0.2.2"
+            url = f"http://10.0.2.2:{port}"
+        else:
+            assert guest.machine.offer_host_port(port) is None
+            url = f"http://127.0.0.1:{guest.channel.listen_forward(0, (host, port), 20)}"
+        yield Place(guest, sidecar, url)
+
+
+def test_health_and_context_are_served_to_plain_http(place: Place) -> None:
+    assert json.loads(place.http("/v1/health"))["status"] == "ok"
+    assert json.loads(place.http("/v1/context"))["role"] == "candidate"
+
+
+def test_every_command_of_void_message_works(place: Place) -> None:
+    place.sidecar.server.load_inbox(inbox("m1"))
+    assert json.loads(place.void_message("health"))["status"] == "ok"
+    assert json.loads(place.void_message("context"))["iteration"] == 1
+    entries = json.loads(place.void_message("inbox"))["entries"]
+    assert [entry["message_id"] for entry in entries] == ["m1"]
+    sent = place.void_message(
+        "send", "--kind", "evaluation", "--audience", "leader", "--summary", "good"
+    )
+    accepted = json.loads(sent)
+    (drained,) = place.sidecar.server.drain()
+    assert drained.intent_id == accepted["intent_id"]
+    assert (drained.kind, drained.audience) == ("evaluation", "leader")
+    assert drained.payload == {"summary_text": "good"}
+
+
+def test_a_host_port_that_was_not_named_is_refused(place: Place) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code = (
+            "import socket, sys\n"
+            "try:\n"
+            "    socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)\n"
+            "except OSError as error:\n"
+            "    print(type(error).__name__)\n"
+        )
+        for address in ("127.0.0.1", "10.0.2.2"):
+            result = run(place.guest.channel, "python3", "-c", code, address, str(port))
+            assert result.stdout.strip() in (b"ConnectionRefusedError", b"OSError"), result
+        other.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            other.accept()

@@ -1,0 +1,194 @@
+"""Whole runs in real machines, through a real supervisor."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from supervisor_kit import Client, Supervisor, kill, running_supervisor
+from vm_kit import BOOT_PATIENCE, ends, leftovers, parent_of, qemus_of, vm_agent, vm_workflow
+
+from voidbus.actors.messages.runs import ConsoleText, ReadConsole, RunStatus
+from voidbus.actors.messages.sidecar import IntentList, PutInbox, ReadIntents, SidecarState
+from voidbus.actors.runtime.process import identity_of
+from voidbus.cli.event_line import log_text
+from voidbus.sidecar.model import InboxEntry, InboxSnapshot
+
+pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def supervisor() -> Iterator[Supervisor]:
+    with running_supervisor() as running:
+        yield running
+
+
+@pytest.fixture
+def client(supervisor: Supervisor) -> Iterator[Client]:
+    with supervisor.connect() as connected:
+        yield connected
+
+
+def printed(client: Client, run_id: str) -> str:
+    texts = (log_text(event) for event in client.events(run_id))
+    return "\n".join(text for text in texts if text is not None)
+
+
+INBOX = InboxSnapshot(
+    version=1,
+    execution_id="e",
+    candidate_id="c",
+    iteration=1,
+    entries=(
+        InboxEntry(message_id="m1", from_candidate_id="peer", kind="signal", payload={"a": 1}),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "network", [False, pytest.param(True, marks=pytest.mark.needs("passt"))], ids=["vsock", "card"]
+)
+def test_an_agent_finds_its_skill_reads_its_inbox_and_reports_to_its_leader(
+    supervisor: Supervisor, client: Client, tmp_path: Path, network: bool
+) -> None:
+    spec = vm_agent(tmp_path, network=network, CLAUDIO_TURNS="2", CLAUDIO_INTENTS="2")
+    run_id = client.start(spec)
+    # The inbox is there before the agent looks: the sidecar is up before the machine.
+    put = client.ask_until("runs", PutInbox(run_id=run_id, inbox=INBOX))
+    assert isinstance(put, SidecarState)
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert (state.status, state.error) == (RunStatus.SUCCEEDED, None)
+    assert (state.machine or "").startswith("qemu")
+    said = printed(client, run_id)
+    assert "void-messaging" in said
+    intents = client.ask("runs", ReadIntents(run_id=run_id))
+    assert isinstance(intents, IntentList)
+    assert {intent.audience for intent in intents.intents} >= {"leader"}
+    assert leftovers(supervisor, run_id) == []
+
+
+def test_a_workflow_shares_its_machine_and_its_files(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    spec = vm_workflow(tmp_path, ("write", "echo kept > note"), ("read", "sleep 0.2; cat note"))
+    run_id = client.start(spec)
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert state.status == RunStatus.SUCCEEDED
+    assert "kept" in printed(client, run_id)
+
+
+def test_directories_of_the_host_are_mounted_as_the_specification_says(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    given, wanted = tmp_path / "given", tmp_path / "wanted"
+    given.mkdir()
+    (given / "in.txt").write_text("from the host")
+    spec = vm_workflow(
+        tmp_path,
+        ("copy", "cp /data/in.txt /out/out.txt && ! touch /data/no 2>/dev/null"),
+        mounts=[
+            {"host": str(given), "guest": "/data"},
+            {"host": str(wanted), "guest": "/out", "mode": "rw"},
+        ],
+    )
+    run_id = client.start(spec)
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert (state.status, state.error) == (RunStatus.SUCCEEDED, None)
+    assert (wanted / "out.txt").read_text() == "from the host"
+    assert [path.name for path in given.iterdir()] == ["in.txt"]
+
+
+def test_a_directory_that_is_not_there_fails_the_run_before_a_machine_starts(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    mounts = [{"host": str(tmp_path / "nothing"), "guest": "/data"}]
+    run_id = client.start(vm_workflow(tmp_path, ("never", "true"), mounts=mounts))
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert state.status == RunStatus.FAILED
+    assert str(tmp_path / "nothing") in (state.error or "")
+
+
+def test_the_console_is_shown_while_a_run_goes_on_and_after_it(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60")))
+    client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
+    live = client.ask("runs", ReadConsole(run_id=run_id))
+    assert isinstance(live, ConsoleText)
+    client.cancel(run_id, grace=10)
+    client.wait_end(run_id, BOOT_PATIENCE)
+    kept = client.ask_until("runs", ReadConsole(run_id=run_id))
+    assert isinstance(kept, ConsoleText)
+    assert kept.text.startswith(live.text[:1000])
+    assert "reboot: " in kept.text or "Power down" in kept.text
+
+
+@pytest.mark.parametrize("moment", ["booting", "executing", "streaming"])
+def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
+    supervisor: Supervisor, client: Client, tmp_path: Path, moment: str
+) -> None:
+    script = "echo up; yes" if moment == "streaming" else "trap '' TERM; echo up; sleep 60"
+    run_id = client.start(vm_workflow(tmp_path, ("busy", script)))
+    if moment == "booting":
+        client.wait_for(run_id, lambda _: bool(qemus_of(supervisor)), BOOT_PATIENCE)
+    else:
+        client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
+    (qemu,) = qemus_of(supervisor)
+    run_process = parent_of(qemu)
+    client.cancel(run_id, grace=5)
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert state.status == RunStatus.CANCELLED
+    assert ends(run_process, 20)
+    assert leftovers(supervisor, run_id) == []
+    assert qemus_of(supervisor) == []
+
+
+def test_a_killed_run_process_takes_its_machine_with_it(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60")))
+    client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
+    (qemu,) = qemus_of(supervisor)
+    kill(parent_of(qemu))
+    assert ends(qemu, 20)
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert state.status == RunStatus.FAILED
+    assert "SIGKILL" in (state.error or "")
+    assert leftovers(supervisor, run_id) == []
+
+
+def test_a_killed_supervisor_finds_the_machine_running_when_it_returns(tmp_path: Path) -> None:
+    with running_supervisor() as supervisor:
+        with supervisor.connect() as client:
+            run_id = client.start(
+                vm_workflow(tmp_path, ("wait", "echo up; while [ ! -e go ]; do sleep 0.1; done"))
+            )
+            client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
+            (qemu,) = qemus_of(supervisor)
+            before = identity_of(qemu)
+        supervisor.kill()
+        supervisor.start()
+        with supervisor.connect() as client:
+            state = client.state(run_id)
+            assert state.status == RunStatus.RUNNING
+            assert identity_of(qemu) == before
+            client.cancel(run_id, grace=10)
+            client.wait_end(run_id, BOOT_PATIENCE)
+            seqs = [event.seq for event in client.events(run_id)]
+            assert seqs == list(range(len(seqs)))
+        assert ends(qemu, 20)
+
+
+def test_a_machine_that_ends_by_itself_fails_its_run_with_the_reason(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60")))
+    client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
+    (qemu,) = qemus_of(supervisor)
+    os.kill(qemu, signal.SIGKILL)
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert state.status == RunStatus.FAILED
+    assert "QEMU was killed by SIGKILL" in (state.error or "")
