@@ -189,10 +189,16 @@ class RunActor(Supervisor):
         self._phase = Phase.WORKING
         self.emit(
             "machine.started",
-            f"machine {outcome.machine} is up; isolation: {outcome.isolation}",
+            f"machine {outcome.machine} is up; isolation: {outcome.isolation}; {outcome.reason}",
             level="warn" if outcome.isolation == "none" else "info",
-            payload={"machine": outcome.machine, "isolation": outcome.isolation},
+            payload={
+                "machine": outcome.machine,
+                "isolation": outcome.isolation,
+                "reason": outcome.reason,
+            },
         )
+        for warning in outcome.warnings:
+            self.emit("machine.warning", f"the guest goes on without: {warning}", level="warn")
         self._report_progress()
         try:
             self._workload = self._make_workload(self, outcome.sidecar_url)

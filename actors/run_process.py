@@ -163,6 +163,7 @@ class RunProcess:
                 telemetry="supervisor/telemetry",
                 leases=self._leases,
                 directory=self._directory,
+                reason=selection.reason,
             )
         )
         return tuple(children)

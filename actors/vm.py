@@ -73,7 +73,7 @@ _SAMPLES_A_REPORT = 5
 
 class VmActor(Actor):
     """One machine from start to stop. `owner` is the path of the run actor; the machine's console
-    is kept in `directory` when it has ended."""
+    is kept in `directory` when it has ended. `reason` says why it is of this kind."""
 
     mailbox_limit = 256
     control: ClassVar[frozenset[type[Message]]] = frozenset({StopMachine, SignalExec})
@@ -88,12 +88,14 @@ class VmActor(Actor):
         telemetry: str,
         leases: LeaseFile,
         directory: Path,
+        reason: str,
     ) -> None:
         super().__init__(place)
         self._owner = owner
         self._telemetry = telemetry
         self._leases = leases
         self._directory = directory
+        self._reason = reason
         self._spec = spec
         self._machine = machine(spec, on_exit=self._machine_exit, on_lease=self._lease)
         self._channel: GuestChannel | None = None
@@ -144,6 +146,8 @@ class VmActor(Actor):
                 MachineReady(
                     machine=self._machine.name,
                     isolation=self._machine.isolation,
+                    reason=self._reason,
+                    warnings=self._machine.warnings,
                     sidecar_url=url,
                 )
             )

@@ -105,6 +105,8 @@ class Machine(ABC):
         on_lease: Callable[[Lease], None],
     ) -> None:
         self.spec = spec
+        self.warnings: tuple[str, ...] = ()
+        """What the guest could not do at its boot and goes on without, in its own words."""
         self._on_exit = on_exit
         self._on_lease = on_lease
 

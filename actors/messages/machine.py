@@ -16,11 +16,14 @@ class StartMachine(Message, tag="machine.start"):
 
 
 class MachineReady(Message, tag="machine.ready"):
-    """The guest answers. `isolation` says what is between it and the host; `sidecar_url` is how a
-    program in the guest reaches the sidecar."""
+    """The guest answers. `isolation` says what is between it and the host, `reason` why it is this
+    kind of machine; `warnings` are what the guest goes on without; `sidecar_url` is how a program
+    in the guest reaches the sidecar."""
 
     machine: str
     isolation: str
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
     sidecar_url: str | None = None
 
 

@@ -125,6 +125,8 @@ class House:
                 owner=RUN_PATH,
                 telemetry="supervisor/telemetry",
                 leases=self.leases,
+                directory=self.folder,
+                reason="the test says so",
             )
         )
         self.run = self.system.start(

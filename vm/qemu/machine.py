@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -17,6 +18,7 @@ from voidbus.vm.agent_machine import KILL_SECONDS, AgentMachine
 from voidbus.vm.channel import GuestChannel
 from voidbus.vm.configure import GuestSettings, configure_guest
 from voidbus.vm.console import ConsoleRing
+from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import stat_fields
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.machine import Lease, MachineError, MachineExit, MachineSpec
@@ -30,6 +32,9 @@ AGENT_PORT = 1234
 
 CONSOLE_RATE = 1024 * 1024
 """Bytes of console taken a second; a guest that writes more waits for its serial port."""
+
+# The guest's words for a mount it could not make, or a key of one it could not read.
+_MOUNT_FAILED = re.compile(r"\(mount\d+\)|voidbox\.mount\d+")
 
 _CONSOLE_PIECE = 64 * 1024
 _ERROR_BYTES = 4096
@@ -56,8 +61,6 @@ class QemuMachine(AgentMachine):
         self._child: subprocess.Popen[bytes] | None = None
         self._monitor: Monitor | None = None
         self._broken: str | None = None
-        self.warnings: tuple[str, ...] = ()
-        """What the guest could not do at its boot, in its own words."""
 
     # -- start -----------------------------------------------------------------------------
 
@@ -133,8 +136,9 @@ class QemuMachine(AgentMachine):
             allowed=self.spec.allowed_commands,
         )
         self.warnings = configure_guest(channel, settings, max(0.0, deadline - time.monotonic()))
-        for warning in self.warnings:
-            self._console.add(f"voidbus: {warning}\n".encode())
+        missing = [warning for warning in self.warnings if _MOUNT_FAILED.search(warning)]
+        if missing:  # a program without the files it was promised does something else
+            raise ChannelFault(FaultReason.REFUSED, "; ".join(missing))
 
     def _env(self) -> tuple[tuple[str, str], ...]:
         image = () if self._devices is None else self._devices.env

@@ -27,4 +27,4 @@ def qemu_support(
     if find("setpriv") is None:
         return Support("qemu", False, "setpriv is missing", "sudo apt-get install util-linux")
     found = acceleration()
-    return Support("qemu", True, f"{program}, {found.reason}", found.remedy)
+    return Support("qemu", True, found.reason, found.remedy)
