@@ -1,10 +1,10 @@
-"""A machine's console: from its VM actor while it lives, from the run's directory afterwards."""
+"""A machine's console: from its VM actor while it lives, from what was kept of it afterwards."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from voidbus.actors.console_file import read_console
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole, is_run_id, run_node
 from voidbus.actors.run import VM_PATH
 from voidbus.actors.runtime.actor import Actor
@@ -12,16 +12,7 @@ from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import Message
 
-CONSOLE_FILE = "console.log"
-
 _ASK_TIMEOUT = 10.0
-
-
-def keep_console(directory: Path, console: bytes) -> None:
-    """Write a machine's console where it outlives the machine. Raises OSError."""
-    path = directory / CONSOLE_FILE
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(console)
 
 
 class ConsoleDoor:
@@ -57,5 +48,6 @@ class ConsoleDoor:
         if not is_run_id(run_id):  # it becomes a path
             delivery.fail(FaultReason.INVALID, "that is no run id")
             return
-        path = self._runs_dir / run_id / CONSOLE_FILE
-        self._actor.work(path.read_bytes, read, name=f"console-{run_id}")
+        self._actor.work(
+            lambda: read_console(self._runs_dir, run_id), read, name=f"console-{run_id}"
+        )

@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from voidbus.actors.console_file import put_by
 from voidbus.actors.event import EventMaker
+from voidbus.actors.kept_intents import read_kept
 from voidbus.actors.leases import Leftovers, reap
 from voidbus.actors.messages.journal import AppendEvents, RunOutcome, RunProgress
 from voidbus.actors.messages.runs import RunEvent, RunState, RunStatus
-from voidbus.actors.run_process import LEASE_FILE, LOG_FILE, SPOOL_FILE
+from voidbus.actors.run_process import INTENTS_FILE, LEASE_FILE, LOG_FILE, SPOOL_FILE
 from voidbus.actors.spool import read_leftovers
 from voidbus.actors.stages import StageTable
 
@@ -37,7 +39,7 @@ def recover(
 
     `stage_events` are those the journal has. What the process spooled comes first. If its outcome
     is among it, that is the outcome; otherwise the run was cancelled, where that was asked for, or
-    failed for `reason`. Blocks on the disk.
+    failed for `reason`, and the intents that waited are left to the journal. Blocks on the disk.
     """
     leftovers = reap(directory / LEASE_FILE, directory)
     last_words = _last_line(directory / LOG_FILE)
@@ -48,7 +50,11 @@ def recover(
         stages = StageTable(state.stage_states)
         for event in (*stage_events, *(event for batch in batches for event in batch.events)):
             stages.observe(event)
-        batches.append(_ending(state, batches, stages, leftovers, reason, cancel_reason))
+        ending = _ending(state, batches, stages, leftovers, reason, cancel_reason)
+        assert ending.outcome is not None
+        # An outcome that was spooled has them already.
+        outcome = ending.outcome.model_copy(update={"intents": read_kept(directory / INTENTS_FILE)})
+        batches.append(ending.model_copy(update={"outcome": outcome}))
     return Recovered(
         tuple(b.model_copy(update={"generation": state.generation}) for b in batches), leftovers
     )
@@ -67,7 +73,8 @@ def _last_line(log: Path) -> str:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove what an ended run had on disk."""
+    """Remove what an ended run had on disk, but for its machine's console."""
+    put_by(directory)
     shutil.rmtree(directory, ignore_errors=True)
 
 

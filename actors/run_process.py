@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from voidbus.actors.event import EventMaker
+from voidbus.actors.kept_intents import KeptState
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.run_process import RunConfig
 from voidbus.actors.messages.runs import run_node
@@ -26,7 +27,6 @@ from voidbus.actors.runtime.system import System
 from voidbus.actors.sidecar import SidecarActor, SidecarDesk
 from voidbus.actors.vm import VmActor
 from voidbus.actors.workloads.make import make_workload
-from voidbus.sidecar.state import SidecarState
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec
 from voidbus.transport.leaf import Leaf
@@ -36,6 +36,7 @@ from voidbus.vm.select import select_machine
 log = logging.getLogger("voidbus.run")
 
 SPOOL_FILE = "spool.jsonl"
+INTENTS_FILE = "intents.jsonl"
 LEASE_FILE = "leases.jsonl"
 LOG_FILE = "process.log"
 MACHINE_FOLDER = "machine"
@@ -136,7 +137,8 @@ class RunProcess:
         if agent is None or not agent.messaging.enabled:
             return None
         run_id = self._config.run_id
-        return SidecarDesk(SidecarState(execution_id=run_id, candidate_id=run_id))
+        kept = self._directory / INTENTS_FILE
+        return SidecarDesk(KeptState(kept, execution_id=run_id, candidate_id=run_id))
 
     def _children(self, desk: SidecarDesk | None) -> tuple[ChildSpec, ...]:
         children = []

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from voidbus.actors.console_door import keep_console
+from voidbus.actors.console_file import keep_console
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.actor import Done
 from voidbus.actors.messages.machine import (

@@ -49,6 +49,8 @@ def parse_yaml(text: str, source: str) -> Node:
             Position(source, mark.line + 1, mark.column + 1) if mark else Position(source, 1, 1)
         )
         said = ", ".join(part for part in (error.context, error.problem) if part)
+        if "nesting depth" in said:  # libyaml's own limit may come before ours
+            raise too_deep(position) from None
         raise SpecError([Problem(position, "", f"not YAML: {said}")]) from None
     except yaml.YAMLError:
         raise SpecError([Problem(Position(source, 1, 1), "", "not YAML")]) from None

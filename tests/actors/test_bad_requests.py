@@ -84,8 +84,8 @@ def test_a_mode_this_release_has_no_machine_for_is_refused_with_the_way_out(
     client: Client, tmp_path: Path
 ) -> None:
     path = tmp_path / "vm.yaml"
-    path.write_text("kind: sandbox\nname: s\n")
-    assert "sandbox.mode: mock" in str(refused(client, file=str(path)))
+    path.write_text("kind: sandbox\nname: s\nsandbox: {mode: kvm}\n")
+    assert "set `sandbox.mode: qemu`" in str(refused(client, file=str(path)))
 
 
 def test_a_lenient_start_of_a_bad_specification_is_a_run_that_failed(

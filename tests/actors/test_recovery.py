@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from journal_kit import a_batch, a_run
 
 from voidbus.actors.event import EventMaker
 from voidbus.actors.journal_store import JournalStore
+from voidbus.actors.kept_intents import KeptState
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.journal import AppendEvents, RunOutcome, RunProgress
 from voidbus.actors.messages.runs import RunState, RunStatus, StageState
 from voidbus.actors.recovery import Recovered, recover, remove_directory
+from voidbus.actors.run_process import INTENTS_FILE
 from voidbus.actors.runtime.process import identity_of
 from voidbus.actors.spool import Spool
+from voidbus.sidecar.model import InboxSnapshot
+from voidbus.transport.envelope import BODY_LIMIT
 
 SUCCEEDED = RunOutcome(status=RunStatus.SUCCEEDED, exit_code=0)
 
@@ -195,3 +200,89 @@ def test_the_journal_takes_what_was_recovered_and_the_run_has_ended(tmp_path: Pa
         assert state.terminal_event_id == events[-1].event_id
     finally:
         store.close()
+
+
+def an_intent(state: KeptState, payload: object = "hello") -> str:
+    submission = {"kind": "signal", "audience": "leader", "priority": "low", "payload": payload}
+    submitted = state.submit(json.dumps(submission).encode())
+    assert submitted.rejection is None
+    return submitted.intents[0].intent_id
+
+
+def kept_state(folder: Path) -> KeptState:
+    return KeptState(folder / INTENTS_FILE, execution_id="r1", candidate_id="r1")
+
+
+def kept(result: Recovered) -> list[str]:
+    outcome = result.batches[-1].outcome
+    assert outcome is not None
+    return [intent.intent_id for intent in outcome.intents]
+
+
+def test_intents_that_waited_are_left_to_the_journal(tmp_path: Path) -> None:
+    state = kept_state(tmp_path)
+    first, second, third = (an_intent(state, n) for n in range(3))
+    state.acknowledge([second])
+    assert kept(recovered(tmp_path)) == [first, third]
+    assert (tmp_path / INTENTS_FILE).stat().st_mode & 0o777 == 0o600
+
+
+def test_intents_that_were_drained_or_have_expired_are_not(tmp_path: Path) -> None:
+    state = kept_state(tmp_path)
+    an_intent(state)
+    inbox = InboxSnapshot(execution_id="r1", candidate_id="r1", iteration=9, entries=())
+    state.load_inbox(inbox)
+    assert kept(recovered(tmp_path)) == []
+    an_intent(state)
+    state.drain()
+    assert kept(recovered(tmp_path)) == []
+
+
+def test_the_intents_of_an_outcome_that_was_spooled_stand(tmp_path: Path) -> None:
+    an_intent(kept_state(tmp_path))
+    spooled(tmp_path, a_batch(first=2, outcome=SUCCEEDED))
+    assert kept(recovered(tmp_path)) == []
+
+
+def test_an_intent_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path) -> None:
+    state = kept_state(tmp_path)
+    whole = an_intent(state)
+    an_intent(state, "cut short")
+    path = tmp_path / INTENTS_FILE
+    path.write_bytes(b"\xff\n" + path.read_bytes()[:-20])
+    assert kept(recovered(tmp_path)) == [whole]
+
+
+def test_an_intent_nested_too_deep_for_a_message_does_not_keep_its_run_from_ending(
+    tmp_path: Path,
+) -> None:
+    state = kept_state(tmp_path)
+    whole = an_intent(state)
+    nested = b"[" * 199 + b"]" * 199
+    state.submit(
+        b'{"kind":"signal","audience":"leader","priority":"low","payload":' + nested + b"}"
+    )
+    assert kept(recovered(tmp_path)) == [whole]
+
+
+def test_no_more_intents_are_recovered_than_a_message_holds(tmp_path: Path) -> None:
+    state = kept_state(tmp_path)
+    an_intent(state, "x" * 4000)
+    path = tmp_path / INTENTS_FILE
+    path.write_bytes(path.read_bytes() * 1024)
+    batch = recovered(tmp_path).batches[-1]
+    assert batch.outcome is not None
+    assert len(batch.outcome.intents) > 500
+    assert len(batch.to_json()) < BODY_LIMIT
+
+
+def test_a_disk_that_takes_nothing_does_not_keep_an_intent_from_being_drained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = kept_state(tmp_path / "gone")
+    intent_id = an_intent(state)
+    assert "a kill would lose them" in caplog.text
+    (tmp_path / "gone").mkdir()
+    second = an_intent(state, 2)
+    assert kept(recovered(tmp_path / "gone")) == [intent_id, second]
+    assert [intent.intent_id for intent in state.drain()] == [intent_id, second]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +76,15 @@ def a_stubborn_spec(folder: Path) -> Path:
     os.mkfifo(folder / "never")
     script = f"trap '' TERM; echo up; cat {folder / 'never'}"
     return workflow_spec(folder, f"hang: {script}", name="stubborn")
+
+
+def post_intent(url: str, payload: str) -> str:
+    """Send an intent as an agent does; its id, of the 201."""
+    intent = {"kind": "signal", "audience": "leader", "priority": "low", "payload": payload}
+    request = urllib.request.Request(url, json.dumps(intent).encode(), method="POST")
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        assert answer.status == 201
+        return str(json.load(answer)["intent_id"])
 
 
 def test_runs_go_on_when_the_supervisor_is_killed_and_finish_under_the_next_one(
@@ -232,6 +243,31 @@ def test_intents_survive_the_run_and_the_supervisor(
     drained = client.ask("runs", ReadIntents(run_id=run_id))
     assert isinstance(drained, IntentList)
     assert drained.intents == ()
+
+
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "unsupervised"])
+def test_intents_survive_a_run_process_that_is_killed(
+    supervisor: Supervisor, client: Client, tmp_path: Path, supervised: bool
+) -> None:
+    run_id = client.start(agent_spec(tmp_path, CLAUDIO_HANG="1"))
+    started = client.wait_type(run_id, "sidecar.started")
+    url = f"http://{(started.payload or {})['address']}/v1/intents"
+    pid = client.state(run_id).run_process
+    assert pid is not None
+    if not supervised:
+        supervisor.kill()
+    sent = [post_intent(url, "first"), post_intent(url, "second")]
+    # Nothing is waited for between the agent's 201 and the kill.
+    kill(pid)
+    if not supervised:
+        supervisor.start()
+    assert client.wait_end(run_id).status is RunStatus.FAILED
+    drained = client.ask_until("runs", ReadIntents(run_id=run_id, drain=True))
+    assert isinstance(drained, IntentList)
+    assert [intent.intent_id for intent in drained.intents] == sent
+    again = client.ask("runs", ReadIntents(run_id=run_id, drain=True))
+    assert isinstance(again, IntentList)
+    assert again.intents == ()
 
 
 def test_a_polite_stop_waits_for_runs_and_refuses_new_ones(

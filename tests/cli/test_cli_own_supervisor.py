@@ -8,10 +8,12 @@ import select
 import subprocess
 from pathlib import Path
 
+import pytest
 from served import VOIDBUS, clean_environment, workflow
 from terminal import CTRL_C, Terminal
 
 from voidbus.cli.state import find_supervisor
+from voidbus.vm.image.store import default_store
 
 # A program that says it runs and then waits to be ended.
 WAITS = "echo ready; exec sleep 60"
@@ -116,10 +118,13 @@ def test_a_supervisor_that_cannot_start_is_explained_by_its_own_words(tmp_path: 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.needs("vm")
+@pytest.mark.timeout(200)
 def test_the_demo_runs_an_agent_without_a_terminal_or_a_home_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
-    environ = clean_environment(tmp_path) | {"TMPDIR": str(tmp_path)}
+    cache = default_store().root.parents[1]  # the image is made once
+    environ = clean_environment(tmp_path) | {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(cache)}
     del environ["HOME"], environ["VOIDBUS_STATE_DIR"]
     done = subprocess.run(
         [DEMO],
@@ -128,7 +133,7 @@ def test_the_demo_runs_an_agent_without_a_terminal_or_a_home_and_leaves_nothing(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -110,7 +110,9 @@ def test_no_color_is_honoured_on_a_terminal(served: Served, tmp_path: Path) -> N
     environ = served.environ | {"NO_COLOR": "1"}
     for arguments in (("run", spec), ("ps", "--all"), ("doctor",), ("actors",)):
         with Terminal([*VOIDBUS, *map(str, arguments)], environ) as terminal:
-            assert terminal.end() == 0
+            # What doctor comes to depends on the host: here it sees no guest image, for one.
+            assert terminal.end() in ((0, 1) if arguments == ("doctor",) else (0,))
+            assert terminal.seen
             assert b"\x1b" not in terminal.seen
 
 

@@ -119,7 +119,7 @@ def test_many_connections_into_a_forward_are_bounded(make: MakeGuest) -> None:
         port = server.getsockname()[1]
         guest = make(forwards=(Forward(0, ("127.0.0.1", port)),)).start()
         inside = guest.channel.forwards[0]
-        files = open_files()
+        files = len(open_files())
         script = (
             "import socket\n"
             "held=[]\n"
@@ -138,7 +138,7 @@ def test_many_connections_into_a_forward_are_bounded(make: MakeGuest) -> None:
         )
         running = Running(guest.channel, ExecCall("python3", ("-c", script)))
         running.wait_for(b"done")
-        assert open_files() - files <= 600
+        assert len(open_files()) - files <= 600
         guest.channel.ping(WAIT)
         running.handle.signal(9)
         running.result()

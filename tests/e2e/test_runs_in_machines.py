@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guest_vm import eventually
 from supervisor_kit import Client, Supervisor, kill, running_supervisor
 from vm_kit import BOOT_PATIENCE, ends, leftovers, parent_of, qemus_of, vm_agent, vm_workflow
 
@@ -118,8 +119,13 @@ def test_the_console_is_shown_while_a_run_goes_on_and_after_it(
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
     live = client.ask("runs", ReadConsole(run_id=run_id))
     assert isinstance(live, ConsoleText)
+    (qemu,) = qemus_of(supervisor)
+    run_process = parent_of(qemu)
     client.cancel(run_id, grace=10)
     client.wait_end(run_id, BOOT_PATIENCE)
+    assert ends(run_process, 20)
+    gone = supervisor.state_dir / "runs" / run_id
+    assert eventually(lambda: not gone.exists(), 20)
     kept = client.ask_until("runs", ReadConsole(run_id=run_id))
     assert isinstance(kept, ConsoleText)
     assert kept.text.startswith(live.text[:1000])

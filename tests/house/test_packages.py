@@ -18,8 +18,8 @@ LONGEST = 600
 MACHINE_WORDS = re.compile(
     "|".join(
         (
-            "/" + r"work/(?!\W)",
-            r"/home/(?!u\b|user\b|you\b|agent\b|sandbox\b)[a-z]\w*",
+            r"(?<!\w)/" + r"work/(?!\W)",  # not a guest's /mnt/work
+            r"/home/(?!u\b|me\b|user\b|you\b|agent\b|sandbox\b)[a-z]\w*",
             r"/Users/\w",
             r"\b(?:pypi|registry|proxy|artifactory|nexus|mirror)[\w.-]*\.(?:internal|corp|lan)\b",
             r"(?:--|\b)(?:extra-)?index-url\b",
@@ -98,3 +98,8 @@ def test_no_file_names_the_machine_it_was_written_on() -> None:
 )
 def test_the_name_of_a_machine_is_seen(line: str) -> None:
     assert MACHINE_WORDS.search(line)
+
+
+@pytest.mark.parametrize("line", ["open('/mnt/work/big')", "/home/me/.cache", "/home/sandbox"])
+def test_a_place_in_a_guest_or_of_an_example_names_no_machine(line: str) -> None:
+    assert not MACHINE_WORDS.search(line)

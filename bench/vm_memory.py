@@ -1,0 +1,74 @@
+"""What a run with an idle virtual machine costs the host.
+
+Floor: none; QEMU's own memory and wake-ups stand beside for reference.
+Reported: private and resident memory of the run's process and of QEMU, and wake-ups a second of
+each thread of the run's process, with what it waits in.
+Target: the run's process adds at most 25 MB of private memory.
+How: a real supervisor and a run with a QEMU machine. Memory from /proc/PID/smaps_rollup, wake-ups
+as voluntary context switches over 10 seconds (proc_pid_status(5)), what a thread waits in from
+/proc/PID/task/TID/wchan. Telemetry samples as it does for every run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from at_rest import observe, show
+from kit.machines import machines_work
+from kit.measure import start_report
+from kit.supervised import SANDBOX, Supervised, command_line, descendants
+
+
+def thread_switches(pid: int) -> dict[int, int]:
+    """Voluntary context switches of each thread."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            lines = (task / "status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended since
+            continue
+        for line in lines:
+            if line.startswith("voluntary_ctxt_switches:"):
+                found[int(task.name)] = int(line.split()[1])
+    return found
+
+
+def waits_in(pid: int, thread: int) -> str:
+    """The kernel function it waits in ("0": it runs, or the host does not tell)."""
+    try:
+        return Path(f"/proc/{pid}/task/{thread}/wchan").read_text() or "0"
+    except OSError:
+        return "0"
+
+
+def main() -> None:
+    report, options = start_report(__file__, __doc__)
+    if not machines_work(report):
+        report.write(options.results)
+        return
+    watched, settle = (1.0, 0.5) if options.quick else (10.0, 5.0)
+    with tempfile.TemporaryDirectory(prefix="vb-") as folder, Supervised() as supervised:
+        file = Path(folder, "vm.yaml")
+        file.write_text(SANDBOX.read_text().replace("mode: mock", "mode: auto"))
+        (run_id,) = supervised.start_ready(1, file)
+        run = supervised.run_process(run_id)
+        qemu = next(pid for pid in descendants(run) if b"qemu-system" in command_line(pid))
+        time.sleep(settle)
+        before, began = thread_switches(run), time.monotonic()
+        usages = observe([run, qemu], watched)
+        after, took = thread_switches(run), time.monotonic() - began
+        rates = {tid: (after[tid] - before.get(tid, 0)) / took for tid in after}
+        waits = {tid: waits_in(run, tid) for tid in rates}
+    show(report, "the run's process", usages[run])
+    show(report, "QEMU", usages[qemu])
+    for tid, rate in sorted(rates.items()):
+        who = "main thread" if tid == run else f"thread {tid - run:+d}"
+        report.figure(f"{who}, in {waits[tid]}: wake-ups a second", rate)
+    report.at_most("the run's process: private memory (MB)", usages[run].private, 25.0)
+    report.write(options.results)
+
+
+if __name__ == "__main__":
+    main()
