@@ -22,6 +22,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 }
 _LONGEST_FOUND = 80
 
+MAX_DEPTH = 64
+"""Objects and arrays in one another in a payload. What parses at twice that and more (the JSON
+parser stops at 200) no longer does inside the messages that carry intents on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Submissions:
@@ -68,7 +72,28 @@ def _check(item: Any, place: str) -> IntentSubmission:
         submission = IntentSubmission.model_validate(item)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False)[0], place) from None
+    if _is_deeper(submission.payload, MAX_DEPTH):
+        raise Rejected(
+            invalid(
+                f"invalid intent{place}: 'payload' is nested too deeply; "
+                f"at most {MAX_DEPTH} levels",
+                field=f"{place}.payload" if place else "payload",
+            )
+        )
     return submission
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and arrays nest more than ``levels`` deep; without recursion."""
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [item for item in layer if isinstance(item, dict | list)]
+        if not layer:
+            return False
+        layer = [
+            below for item in layer for below in (item.values() if isinstance(item, dict) else item)
+        ]
+    return True
 
 
 def _refusal(error: ErrorDetails, place: str) -> Rejected:

@@ -14,6 +14,7 @@ from sidecar_kit import entry, inbox, intent
 
 from voidbus.sidecar.model import InboxSnapshot, Intent, Rejected, Rejection, SidecarSnapshot
 from voidbus.sidecar.state import Limits, SidecarState, Submitted
+from voidbus.sidecar.submission import MAX_DEPTH, read_submissions
 
 
 def new_state(**limits: int) -> SidecarState:
@@ -444,3 +445,22 @@ class SidecarMachine(RuleBasedStateMachine):
 
 TestSidecarMachine = SidecarMachine.TestCase
 TestSidecarMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def nested(levels: int) -> bytes:
+    payload = "[" * levels + "]" * levels
+    return (
+        '{"kind": "signal", "audience": "leader", "priority": "normal", "payload": ' + payload + "}"
+    ).encode()
+
+
+@pytest.mark.parametrize("levels", [1, MAX_DEPTH])
+def test_a_payload_may_nest(levels: int) -> None:
+    (item,) = read_submissions(nested(levels)).items
+    assert item.kind == "signal"
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 190])
+def test_a_payload_that_nests_too_deeply_to_be_carried_on_is_refused(levels: int) -> None:
+    with pytest.raises(Rejected, match="nested too deeply; at most 64 levels"):
+        read_submissions(nested(levels))
