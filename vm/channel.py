@@ -324,7 +324,8 @@ class GuestChannel(Multiplexer):
             raise ProtocolError("a stream that was not asked for")
         if kind == MessageType.FORWARD_OPEN:
             endpoint = self._endpoints.get(messages.decode_port(body))
-            sock = None if endpoint is None else _dial_endpoint(endpoint)
+            # A guest may ask faster than its streams begin; each socket is a descriptor of ours.
+            sock = None if endpoint is None or pump.full else _dial_endpoint(endpoint)
             if sock is None:
                 self._send_stream(MessageType.FORWARD_CLOSE, number, b"\x01")
             else:
@@ -352,7 +353,10 @@ def _require(success: bool, what: str, error: str | None) -> None:
 
 def _dial_endpoint(endpoint: tuple[str, int] | Path) -> socket.socket | None:
     family = socket.AF_UNIX if isinstance(endpoint, Path) else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError:
+        return None  # out of descriptors, which is no fault of the channel
     sock.setblocking(False)
     address = str(endpoint) if isinstance(endpoint, Path) else endpoint
     try:

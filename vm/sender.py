@@ -15,6 +15,10 @@ from voidbus.vm.guest.frames import MAX_PAYLOAD
 MAX_QUEUED = 2 * MAX_PAYLOAD
 """Bytes that may wait to be sent: two of the largest frames."""
 
+_FRAME_COST = 64
+"""What a waiting frame takes beside its bytes: a guest can ask for many short answers and take
+none."""
+
 WAIT_SECONDS = 10.0
 FRAME_SECONDS = 60.0
 """A guest that takes nothing for the one, or not a whole frame in the other, is lost
@@ -43,13 +47,13 @@ class Sender:
         with self._ready:
             if self._closed:
                 raise ChannelFault(FaultReason.CLOSED, "the channel is closed")
-            if self._queued + len(frame) > MAX_QUEUED:
+            if self._queued + len(frame) + _FRAME_COST > MAX_QUEUED:
                 raise ChannelFault(
                     FaultReason.OVERLOADED,
                     f"{self._queued} bytes wait for a guest that does not take them",
                 )
             self._frames.append(frame)
-            self._queued += len(frame)
+            self._queued += len(frame) + _FRAME_COST
             self._ready.notify()
 
     def close(self) -> None:
@@ -74,7 +78,7 @@ class Sender:
                 self._on_lost(f"sending failed: {error}")
                 return
             with self._ready:
-                self._queued -= len(frame)
+                self._queued -= len(frame) + _FRAME_COST
 
     def _send(self, frame: bytes) -> None:
         pending = memoryview(frame)

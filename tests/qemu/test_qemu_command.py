@@ -79,3 +79,15 @@ def test_a_card_speaks_over_a_socket_of_the_machines_directory() -> None:
 def test_an_argument_that_would_not_arrive_whole_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match="kernel's command line"):
         kernel_line([argument])
+
+
+def test_a_kernel_line_that_qemu_would_cut_is_refused() -> None:
+    longest = "a" * 1009
+    assert config_text(longest).splitlines()[1] == f'  append = "{longest}"'
+    with pytest.raises(ValueError, match="fewer mounts"):
+        config_text(longest + "a")
+
+
+def test_a_core_of_qemu_has_no_memory_of_the_guest() -> None:
+    (machine,) = after(command(LAYOUT), "-machine")
+    assert "dump-guest-core=off" in machine.split(",")

@@ -111,3 +111,10 @@ def test_no_bytes_make_it_raise(data: bytes) -> None:
     with connected() as (monitor, qemu):
         qemu.sendall(data + b"\n")
         assert monitor.feed()
+
+
+def test_a_word_of_qemu_can_not_drive_a_terminal(pair: tuple[Monitor, socket.socket]) -> None:
+    monitor, qemu = pair
+    qemu.sendall(event("SHUTDOWN", reason="\x1b]0;owned\x07\u202e\n"))
+    assert monitor.feed()
+    assert monitor.cause == "QEMU ended (]0;owned)"

@@ -64,6 +64,7 @@ class StreamPump:
         self._lock = threading.Lock()
         self._streams: dict[int, _Stream] = {}
         self._listeners: list[socket.socket] = []
+        self._arriving = 0  # sockets attached that the thread has not seen yet
         self._numbers = itertools.count(1)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -82,6 +83,12 @@ class StreamPump:
         sock.setblocking(False)
         self._post(_Command("attach", number, sock=sock))
 
+    @property
+    def full(self) -> bool:
+        """Whether one more stream would be refused: to be asked before a socket is made for it."""
+        with self._lock:
+            return self._arriving + len(self._streams) >= MAX_STREAMS
+
     def handle(self, kind: int, number: int, body: bytes) -> None:
         """Take a FORWARD_DATA, _WINDOW or _CLOSE from the peer. Never blocks."""
         names = {
@@ -94,8 +101,8 @@ class StreamPump:
     def close(self) -> None:
         with self._lock:
             already, self._closed = self._closed, True
-        if not already:
-            os.eventfd_write(self._wake, 1)
+            if not already:
+                os.eventfd_write(self._wake, 1)  # under the lock: it is closed under it as well
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -105,6 +112,7 @@ class StreamPump:
                 # Bounded by the caller: what a peer may send is bounded by its window, and one
                 # that ignores it finds this thread faster than its channel.
                 self._commands.append(command)
+                self._arriving += command.kind == "attach"
                 os.eventfd_write(self._wake, 1)
                 return
         if command.sock is not None:
@@ -145,6 +153,8 @@ class StreamPump:
                     self._selector.register(command.sock, selectors.EVENT_READ, command.sock)
                 else:
                     self._begin(command.number, command.sock)
+                    with self._lock:
+                        self._arriving -= 1
                 continue
             stream = self._streams.get(command.number)
             if stream is not None:
@@ -191,9 +201,10 @@ class StreamPump:
             self._drop(stream, tell=False)
 
     def _serve(self, stream: _Stream, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
+        # What came before it in this turn may have ended it, and given its number to another.
+        if events & selectors.EVENT_WRITE and self._streams.get(stream.number) is stream:
             self._write(stream)
-        if events & selectors.EVENT_READ and stream.number in self._streams:
+        if events & selectors.EVENT_READ and self._streams.get(stream.number) is stream:
             self._read(stream)
 
     def _read(self, stream: _Stream) -> None:

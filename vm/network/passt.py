@@ -23,6 +23,7 @@ from voidbus.vm.machine import Lease
 from voidbus.vm.network.addresses import ADDRESS, DNS, GATEWAY, GATEWAY_MAC, MTU, PREFIX
 from voidbus.vm.network.frame_port import framed
 from voidbus.vm.network.packets import MAC_BYTES
+from voidbus.vm.signal_name import signal_name
 
 INSTALL = "apt install passt"
 """What installs passt on Debian and Ubuntu."""
@@ -126,7 +127,10 @@ class Passt:
 
     def said(self) -> str:
         """The last of what passt has said, on one line."""
-        lines = self._said.decode(errors="replace").splitlines()
+        lines = (
+            "".join(c for c in line if c.isprintable())
+            for line in self._said.decode(errors="replace").splitlines()
+        )
         kept = [line for line in lines if line and not line.startswith(_NOISE)]
         return " | ".join(kept[-5:]) or "it said nothing"
 
@@ -146,7 +150,7 @@ class Passt:
             os.close(self.stderr)
             self.pidfd = self.stderr = -1
         code = self._process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"was killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
         return f"{how}; {self.said()}"
 
     def _wait_for_answer(self, deadline: float) -> None:

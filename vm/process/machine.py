@@ -21,6 +21,7 @@ from typing import ClassVar
 from voidbus.vm.agent_machine import KILL_SECONDS, AgentMachine
 from voidbus.vm.guest.descendants import descendants, kill_descendants, send_signal, stat_fields
 from voidbus.vm.machine import Lease, MachineError, MachineExit, MachineSpec
+from voidbus.vm.signal_name import signal_name
 
 _GUEST = Path(__file__).resolve().parent.parent / "guest"
 _SIDECAR = _GUEST.parent.parent / "sidecar"
@@ -176,7 +177,7 @@ class ProcessMachine(AgentMachine):
         if self._stopping.is_set():
             reason = "stopped"
         elif code < 0:
-            reason = f"the guest agent was killed by {signal.Signals(-code).name}"
+            reason = f"the guest agent was killed by {signal_name(-code)}"
         else:
             reason = f"the guest agent ended with exit code {code}"
         self._on_exit(MachineExit(reason, code if code >= 0 else 128 - code))

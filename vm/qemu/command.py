@@ -17,6 +17,10 @@ MAX_DEVICES = 24
 # QEMU's own filter of system calls; each refuses what this machine never does.
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
+_CONFIG_LINE = 1023
+"""QEMU reads lines into 1024 bytes, and takes what is beyond for a line of its own (7.2,
+util/qemu-config.c)."""
+
 # Kernel Documentation/admin-guide/kernel-parameters.rst. One line a reason:
 KERNEL_ARGUMENTS = (
     "console=ttyS0",
@@ -87,8 +91,15 @@ def kernel_line(arguments: Sequence[str]) -> str:
 
 def config_text(line: str) -> str:
     """A QEMU configuration file with what others on the host must not read in an argument list:
-    the kernel's command line carries the secret of the guest channel."""
-    return f'[machine]\n  append = "{line}"\n'
+    the kernel's command line carries the secret of the guest channel. Raises ValueError for a line
+    QEMU would cut."""
+    setting = f'  append = "{line}"\n'
+    if len(setting) > _CONFIG_LINE:
+        raise ValueError(
+            f"the kernel's command line of {len(line)} bytes is too long; use fewer mounts, or "
+            "mount them at shorter paths in the guest"
+        )
+    return f"[machine]\n{setting}"
 
 
 def command(layout: Layout) -> list[str]:
@@ -97,7 +108,10 @@ def command(layout: Layout) -> list[str]:
     return [
         layout.program,
         *("-name", f"guest={_quoted(layout.name)}"),
-        *("-machine", "microvm,acpi=on,x-option-roms=off,memory-backend=memory"),
+        *(
+            "-machine",
+            "microvm,acpi=on,x-option-roms=off,memory-backend=memory,dump-guest-core=off",
+        ),
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
         *("-cpu", "host" if kvm else "max"),
         *("-m", f"{layout.memory_mb}M"),

@@ -24,7 +24,7 @@ from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import NetworkError, UserNetwork
 from voidbus.vm.qemu.acceleration import find_acceleration
-from voidbus.vm.qemu.command import MAX_DEVICES, Card, VhostUser, kernel_line
+from voidbus.vm.qemu.command import MAX_DEVICES, Card, VhostUser, config_text, kernel_line
 from voidbus.vm.qemu.host_clock import counter_khz
 
 GUEST_CID = 3
@@ -83,7 +83,7 @@ class Devices:
         name = self._spec.name
         try:
             self._prepare(deadline)
-            self.kernel_line  # noqa: B018 - a mount's path may be one that no command line carries
+            config_text(self.kernel_line)  # mounts' paths may be such that no line carries them
         except (ImageError, MountError, NetworkError, ValueError) as error:
             raise MachineError(f"machine {name}: {error}") from error
         except OSError as error:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import select
-import signal
 import socket
 import subprocess
 import threading
@@ -26,6 +25,7 @@ from voidbus.vm.qemu.command import Layout, command, config_text
 from voidbus.vm.qemu.devices import Devices
 from voidbus.vm.qemu.monitor import Monitor
 from voidbus.vm.qemu.process import INSTALL, PROGRAM, find_program, spawn
+from voidbus.vm.signal_name import signal_name
 
 AGENT_PORT = 1234
 """The vsock port of the guest agent (protocol, "Handshake")."""
@@ -46,6 +46,9 @@ class QemuMachine(AgentMachine):
 
     name: ClassVar[str] = "qemu"
     isolation: ClassVar[str] = "vm"
+
+    # An agent that is just up answers late where it is emulated; a try given up costs it another.
+    pong_wait = (0.25, 0.5)
 
     def __init__(
         self,
@@ -166,10 +169,18 @@ class QemuMachine(AgentMachine):
                 self._gone.set()
                 started.set()
                 return
-            pidfd = os.pidfd_open(child.pid)
-            ours.callback(os.close, pidfd)
-            # Its start time is read before anyone can reap it.
-            lease = Lease("process", child.pid, int(stat_fields(child.pid)[19]))
+            try:
+                pidfd = os.pidfd_open(child.pid)
+                ours.callback(os.close, pidfd)
+                # Its start time is read before anyone can reap it.
+                lease = Lease("process", child.pid, int(stat_fields(child.pid)[19]))
+            except OSError as error:  # out of descriptors
+                child.kill()
+                child.wait()
+                self._errors.add(str(error).encode())
+                self._gone.set()
+                started.set()
+                return
             with self._lock:
                 self._child = child
             self._on_lease(lease)
@@ -250,7 +261,7 @@ class QemuMachine(AgentMachine):
             return "stopped"
         reason = self._end_reason() or ""
         if code < 0 and self._broken is None:
-            return f"QEMU was killed by {signal.Signals(-code).name}"
+            return f"QEMU was killed by {signal_name(-code)}"
         return reason
 
     # -- stop ------------------------------------------------------------------------------

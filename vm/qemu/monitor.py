@@ -76,7 +76,9 @@ class Monitor:
             return
         if message.get("event") == "SHUTDOWN" and self.cause is None:
             data = message.get("data")
-            word = str(data.get("reason"))[:100] if isinstance(data, dict) else "unknown"
+            said = str(data.get("reason")) if isinstance(data, dict) else "unknown"
+            # Its word is shown to people: nothing a terminal acts on, and no half a character.
+            word = "".join(c for c in said[:100] if c.isprintable())
             self.cause = _CAUSES.get(word, f"QEMU ended ({word})")
         number = message.get("id")
         with self._lock:
