@@ -13,13 +13,19 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 NAMES = sorted(path.stem for path in BENCH.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+IN_MACHINES = [pytest.mark.needs("vm"), pytest.mark.timeout(200)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=IN_MACHINES if name.startswith("vm_") else ()) for name in NAMES],
+)
 def test_a_bench_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(BENCH / f"{name}.py"), "--quick", "--results", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=50.0,
+        timeout=180.0 if name.startswith("vm_") else 50.0,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
