@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,7 +147,8 @@ def machines_of(machine_type: type[Machine], folder: Path) -> Iterator[MakeGuest
         for guest in guests:
             guest.machine.close()
     assert set(threading.enumerate()) - threads == set()
-    assert sorted(open_files()) == sorted(files)
+    # What earlier tests left to the garbage collector may go at any time: only more is a leak.
+    assert not Counter(open_files()) - Counter(files)
     assert living() - processes == set()
     assert not [path for guest in guests for path in guest.machine.spec.scratch.rglob("*.sock")]
 
