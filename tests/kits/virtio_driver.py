@@ -193,6 +193,11 @@ class DriverQueue:
         self.make_available(used[0])
         return used[0]
 
+    @property
+    def free(self) -> int:
+        """Descriptors no chain uses."""
+        return len(self._free)
+
     def kick(self, *, always: bool = False) -> bool:
         """Notify the device of what is new, if it wants that. Whether it did."""
         new, old = self.avail_index, self.kicked_at

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -48,6 +50,10 @@ class TurnedLoop(EventLoop):
                 return work
             work += done
         raise AssertionError(f"still busy after {turns} turns: it spins")
+
+
+ROOM_SECONDS = 20.0
+"""How long a full transmit queue may stay so."""
 
 
 class VsockGuest:
@@ -100,8 +106,20 @@ class VsockGuest:
             buf_alloc,
             fwd_cnt & 0xFFFFFFFF,
         )
-        self.tx.collect()
+        self._await_room(2 if data else 1)
         self.tx.add(readable=[header, data] if data else [header])
+
+    def _await_room(self, descriptors: int) -> None:
+        """As a driver does whose ring is full: wait until the device has taken something."""
+        deadline = time.monotonic() + ROOM_SECONDS
+        self.tx.collect()
+        while self.tx.free < descriptors:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the device takes nothing from the transmit queue")
+            self.tx.kick()
+            select.select([self.tx.call_fd], [], [], 0.002)
+            self.tx.interrupts()
+            self.tx.collect()
 
     def take(self) -> list[Packet]:
         """What the device has put into receive buffers since the last time."""
