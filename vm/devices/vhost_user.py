@@ -43,6 +43,8 @@ from voidbus.vm.devices.virtqueue import MAX_QUEUE_SIZE, RingAddresses, Virtqueu
 
 PROTOCOL_FEATURES = PROTOCOL_F_MQ | PROTOCOL_F_REPLY_ACK | PROTOCOL_F_CONFIG
 
+_PAUSE_SECONDS = 0.1  # before the next try where descriptors were lacking
+
 _MESSAGES_A_TURN = 32
 
 
@@ -93,16 +95,25 @@ class VhostUserBackend:
         self._listener = listen_unix(self._path, backlog=1)
         self._loop.at_end(self._end)
         self._device.attach(self._loop)
-        self._loop.watch(self._listener.fileno(), READ, self._accept)
+        self._watch()
 
     # -- the connection -------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        if self._listener is not None:
+            self._loop.watch(self._listener.fileno(), READ, self._accept)
 
     def _accept(self, _: int) -> None:
         if self._listener is None:
             return
         try:
             sock, _address = self._listener.accept()
+        except BlockingIOError:
+            return
         except OSError:
+            # Out of descriptors: the front end waits in the backlog, and we do not spin.
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.later(_PAUSE_SECONDS, self._watch)
             return
         self._front_end = FrontEnd(sock)
         self._loop.unwatch(self._listener.fileno())

@@ -64,6 +64,7 @@ class QemuMachine(AgentMachine):
         self._child: subprocess.Popen[bytes] | None = None
         self._monitor: Monitor | None = None
         self._broken: str | None = None
+        self._console_read = 0  # bytes since the last pause
 
     # -- start -----------------------------------------------------------------------------
 
@@ -228,8 +229,6 @@ class QemuMachine(AgentMachine):
         self._console.add(data)
         self._console_read += len(data)
         return bool(data)
-
-    _console_read = 0
 
     def _pace_console(self, pace: threading.Event) -> None:
         """After a piece's worth of console, a pause that keeps to the rate."""
