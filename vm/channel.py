@@ -11,7 +11,16 @@ from pathlib import Path
 
 from voidbus.vm.connect import Connected
 from voidbus.vm.faults import ChannelFault, FaultReason
-from voidbus.vm.guest import messages
+from voidbus.vm.guest import (
+    configure_messages,
+    exec_messages,
+    file_messages,
+    outcome,
+    port_messages,
+    telemetry_messages,
+)
+from voidbus.vm.guest.exec_messages import ExecRequest
+from voidbus.vm.guest.file_messages import FileStat
 from voidbus.vm.guest.forward import StreamPump
 from voidbus.vm.guest.frames import (
     MessageType,
@@ -19,7 +28,7 @@ from voidbus.vm.guest.frames import (
     encode_message,
 )
 from voidbus.vm.guest.handshake import Flags
-from voidbus.vm.guest.messages import ExecRequest, FileStat, TelemetryBatch
+from voidbus.vm.guest.telemetry_messages import TelemetryBatch
 from voidbus.vm.multiplexer import Multiplexer, Slot, guarded
 from voidbus.vm.pty import PtyCall, PtyChannel
 
@@ -105,11 +114,15 @@ class GuestChannel(Multiplexer):
 
     # -- calls ----------------------------------------------------------------------------
 
-    def configure(self, message: messages.Configure, timeout: float) -> messages.Configured:
+    def configure(
+        self, message: configure_messages.Configure, timeout: float
+    ) -> configure_messages.Configured:
         """Tell a guest that negotiated CONFIGURE what its programs get. Raises ChannelFault.
         ``configure_guest`` does this for every kind of guest."""
-        body = messages.encode_configure(message)
-        return self._call(MessageType.CONFIGURE, body, messages.decode_configured, timeout)
+        body = configure_messages.encode_configure(message)
+        return self._call(
+            MessageType.CONFIGURE, body, configure_messages.decode_configured, timeout
+        )
 
     def add_env(self, env: tuple[tuple[str, str], ...]) -> None:
         """Give every program of this channel these variables, under its own: for a guest that
@@ -119,7 +132,7 @@ class GuestChannel(Multiplexer):
     def exec(
         self,
         call: ExecCall,
-        on_output: Callable[[messages.Stream, bytes], None],
+        on_output: Callable[[exec_messages.Stream, bytes], None],
         on_done: Callable[[ExecResult | ChannelFault], None],
     ) -> ExecHandle:
         """Run a program. Never blocks, never raises for the channel's state: ``on_done`` comes
@@ -128,11 +141,11 @@ class GuestChannel(Multiplexer):
         limit = DEFAULT_EXEC_SECONDS if call.timeout is None else float(call.timeout)
 
         def chunk(body: bytes) -> None:
-            message = messages.decode_exec_chunk(body, raw=raw)
+            message = exec_messages.decode_exec_chunk(body, raw=raw)
             guarded(on_output, message.stream, message.data)
 
         def done(body: bytes) -> None:
-            message = messages.decode_exec_response(body, raw=raw)
+            message = exec_messages.decode_exec_response(body, raw=raw)
             guarded(on_done, ExecResult(*message))
 
         def fault(reason: ChannelFault) -> None:
@@ -155,7 +168,7 @@ class GuestChannel(Multiplexer):
             what=f"exec of {call.program!r}",
         )
         try:
-            body = messages.encode_exec_request(request, raw=raw)
+            body = exec_messages.encode_exec_request(request, raw=raw)
             request_id = self._begin(slot, MessageType.EXEC_REQUEST, body)
         except ChannelFault as reason:
             fault(reason)
@@ -170,7 +183,7 @@ class GuestChannel(Multiplexer):
         if Flags.CONCURRENT not in self.flags or request_id not in self._slots:
             return False
         try:
-            body = messages.encode_signal(number)
+            body = exec_messages.encode_signal(number)
             self._sender.put(encode_message(MessageType.SIGNAL, request_id, body))
         except ChannelFault:
             return False
@@ -180,41 +193,41 @@ class GuestChannel(Multiplexer):
         self, path: str, content: bytes, timeout: float, *, create_parents: bool = True
     ) -> None:
         """Write a whole file. Raises ChannelFault; REFUSED with the guest's reason."""
-        body = messages.encode_write_file(
-            messages.WriteFile(path, content, create_parents), raw=self._raw
+        body = file_messages.encode_write_file(
+            file_messages.WriteFile(path, content, create_parents), raw=self._raw
         )
-        answer = self._call(MessageType.WRITE_FILE, body, messages.decode_outcome, timeout)
+        answer = self._call(MessageType.WRITE_FILE, body, outcome.decode_outcome, timeout)
         _require(answer.success, f"write of {path}", answer.error)
 
     def mkdir(self, path: str, timeout: float) -> None:
         """Make a directory and those above it. Raises ChannelFault."""
-        body = messages.encode_path(path)
-        answer = self._call(MessageType.MKDIR, body, messages.decode_outcome, timeout)
+        body = file_messages.encode_path(path)
+        answer = self._call(MessageType.MKDIR, body, outcome.decode_outcome, timeout)
         _require(answer.success, f"mkdir of {path}", answer.error)
 
     def read_file(self, path: str, timeout: float) -> bytes:
         """A whole file. Raises ChannelFault."""
 
-        def decode(body: bytes) -> messages.FileContent:
-            return messages.decode_file_content(body, raw=self._raw)
+        def decode(body: bytes) -> file_messages.FileContent:
+            return file_messages.decode_file_content(body, raw=self._raw)
 
-        body = messages.encode_path(path)
+        body = file_messages.encode_path(path)
         answer = self._call(MessageType.READ_FILE, body, decode, timeout)
         _require(answer.success, f"read of {path}", answer.error)
         return answer.content
 
     def file_stat(self, path: str, timeout: float) -> FileStat:
         """Whether a path exists, and its size in bytes. Raises ChannelFault."""
-        body = messages.encode_path(path)
-        answer = self._call(MessageType.FILE_STAT, body, messages.decode_file_stat, timeout)
+        body = file_messages.encode_path(path)
+        answer = self._call(MessageType.FILE_STAT, body, file_messages.decode_file_stat, timeout)
         _require(answer.error is None, f"stat of {path}", answer.error)
         return answer
 
     def ping(self, timeout: float) -> None:
         """Whether the agent answers. Raises ChannelFault when it does not in time."""
         # A question every guest knows: a second Ping would need the secret kept here.
-        body = messages.encode_path("/")
-        self._call(MessageType.FILE_STAT, body, messages.decode_file_stat, timeout)
+        body = file_messages.encode_path("/")
+        self._call(MessageType.FILE_STAT, body, file_messages.decode_file_stat, timeout)
 
     def shutdown(self, timeout: float) -> bool:
         """Ask the guest to power off; True when the connection ended within ``timeout`` seconds,
@@ -238,13 +251,13 @@ class GuestChannel(Multiplexer):
         """Get batches for as long as the channel lasts. Raises ChannelFault."""
 
         def batch(body: bytes) -> None:
-            guarded(on_batch, messages.decode_telemetry(body))
+            guarded(on_batch, telemetry_messages.decode_telemetry(body))
 
         slot = Slot(
             MessageType.TELEMETRY_DATA, None, batch, lambda _: None, lasting=True, what="telemetry"
         )
-        subscription = messages.TelemetrySubscription(interval_ms, include_kernel_threads)
-        body = messages.encode_subscription(subscription)
+        subscription = telemetry_messages.TelemetrySubscription(interval_ms, include_kernel_threads)
+        body = telemetry_messages.encode_subscription(subscription)
         self._begin(slot, MessageType.SUBSCRIBE_TELEMETRY, body)
 
     def open_pty(
@@ -283,14 +296,14 @@ class GuestChannel(Multiplexer):
             if port:
                 self._endpoints[port] = host
 
-        def decode(body: bytes) -> messages.Listening:
-            listening = messages.decode_listening(body)
+        def decode(body: bytes) -> port_messages.Listening:
+            listening = port_messages.decode_listening(body)
             if listening.error is None:
                 # Before the next frame is read, which may open a stream to it.
                 self._endpoints[listening.port] = host
             return listening
 
-        body = messages.encode_port(port)
+        body = port_messages.encode_port(port)
         answer = self._call(MessageType.FORWARD_LISTEN, body, decode, timeout)
         _require(answer.error is None, f"forward of port {port}", answer.error)
         self.forwards[port] = answer.port
@@ -323,7 +336,7 @@ class GuestChannel(Multiplexer):
         if pump is None:
             raise ProtocolError("a stream that was not asked for")
         if kind == MessageType.FORWARD_OPEN:
-            endpoint = self._endpoints.get(messages.decode_port(body))
+            endpoint = self._endpoints.get(port_messages.decode_port(body))
             # A guest may ask faster than its streams begin; each socket is a descriptor of ours.
             sock = None if endpoint is None or pump.full else _dial_endpoint(endpoint)
             if sock is None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from voidbus.vm.channel import GuestChannel
 from voidbus.vm.faults import ChannelFault, FaultReason
+from voidbus.vm.guest.configure_messages import Configure
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.guest.limits import Limits
-from voidbus.vm.guest.messages import Configure
 from voidbus.vm.guest.rules import ALLOWLIST, LIMITS
 
 SEED_BYTES = 64

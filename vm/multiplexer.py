@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from voidbus.vm.connect import Connected
 from voidbus.vm.faults import ChannelFault, FaultReason
-from voidbus.vm.guest import messages
+from voidbus.vm.guest import exec_messages
 from voidbus.vm.guest.frames import (
     GUEST_STREAM_BIT,
     Frame,
@@ -188,7 +188,7 @@ class Multiplexer:
         for number, slot in late:
             if slot.on_chunk is not None and Flags.CONCURRENT in self.flags:
                 with contextlib.suppress(ChannelFault):
-                    body = messages.encode_signal(9)
+                    body = exec_messages.encode_signal(9)
                     self._sender.put(encode_message(MessageType.SIGNAL, number, body))
             slot.on_fault(ChannelFault(FaultReason.DEADLINE, f"{slot.what}: no answer in time"))
 

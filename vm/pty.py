@@ -19,9 +19,9 @@ from voidbus.vm.guest.frames import (
     encode_message,
     split_message,
 )
-from voidbus.vm.guest.messages import (
+from voidbus.vm.guest.outcome import decode_outcome
+from voidbus.vm.guest.pty_messages import (
     PtyOpen,
-    decode_outcome,
     decode_pty_closed,
     encode_pty_open,
     encode_pty_resize,

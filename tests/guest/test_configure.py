@@ -19,11 +19,7 @@ from voidbus.vm.configure import GuestSettings, configure_guest
 from voidbus.vm.connect import Connected, connect_guest
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.agent import Agent, Settings
-from voidbus.vm.guest.connection import Connection
-from voidbus.vm.guest.frames import ProtocolError
-from voidbus.vm.guest.handshake import EVERYTHING, Flags
-from voidbus.vm.guest.limits import Limits
-from voidbus.vm.guest.messages import (
+from voidbus.vm.guest.configure_messages import (
     MAX_SEED,
     Configure,
     Configured,
@@ -32,6 +28,10 @@ from voidbus.vm.guest.messages import (
     encode_configure,
     encode_configured,
 )
+from voidbus.vm.guest.connection import Connection
+from voidbus.vm.guest.frames import ProtocolError
+from voidbus.vm.guest.handshake import EVERYTHING, Flags
+from voidbus.vm.guest.limits import Limits
 from voidbus.vm.guest.rules import ALLOWLIST, LIMITS, Rules
 from voidbus.vm.pty import PtyCall
 

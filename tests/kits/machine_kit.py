@@ -23,7 +23,7 @@ import pytest
 from voidbus.vm.channel import ExecCall, ExecHandle, ExecResult, GuestChannel
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import descendants
-from voidbus.vm.guest.messages import TelemetryBatch
+from voidbus.vm.guest.telemetry_messages import TelemetryBatch
 from voidbus.vm.machine import (
     Forward,
     Lease,

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voidbus.vm.guest import messages as m
+from voidbus.vm.guest import (
+    exec_messages,
+    file_messages,
+    outcome,
+    port_messages,
+    pty_messages,
+    telemetry_messages,
+)
 from voidbus.vm.guest.bodies import MAX_JSON, decode_body, encode_body
 from voidbus.vm.guest.frames import (
     HEADER,
@@ -32,24 +39,24 @@ from voidbus.vm.guest.handshake import (
 )
 
 WITH_BYTES = (
-    m.decode_exec_request,
-    m.decode_exec_chunk,
-    m.decode_exec_response,
-    m.decode_write_file,
-    m.decode_file_content,
+    exec_messages.decode_exec_request,
+    exec_messages.decode_exec_chunk,
+    exec_messages.decode_exec_response,
+    file_messages.decode_write_file,
+    file_messages.decode_file_content,
 )
 PLAIN: tuple[Callable[[bytes], object], ...] = (
-    m.decode_signal,
-    m.decode_path,
-    m.decode_outcome,
-    m.decode_file_stat,
-    m.decode_port,
-    m.decode_listening,
-    m.decode_pty_open,
-    m.decode_pty_resize,
-    m.decode_pty_closed,
-    m.decode_subscription,
-    m.decode_telemetry,
+    exec_messages.decode_signal,
+    file_messages.decode_path,
+    outcome.decode_outcome,
+    file_messages.decode_file_stat,
+    port_messages.decode_port,
+    port_messages.decode_listening,
+    pty_messages.decode_pty_open,
+    pty_messages.decode_pty_resize,
+    pty_messages.decode_pty_closed,
+    telemetry_messages.decode_subscription,
+    telemetry_messages.decode_telemetry,
     decode_ping,
     decode_pong,
     split_message,
@@ -135,12 +142,12 @@ def test_decoders_raise_nothing_but_protocol_errors(body: bytes, raw: bool) -> N
 )
 def test_an_odd_exec_request_is_a_protocol_error(body: bytes) -> None:
     with pytest.raises(ProtocolError):
-        m.decode_exec_request(body, raw=False)
+        exec_messages.decode_exec_request(body, raw=False)
 
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)
 requests = st.builds(
-    m.ExecRequest,
+    exec_messages.ExecRequest,
     text,
     st.lists(text, max_size=3).map(tuple),
     st.binary(max_size=300),
@@ -151,8 +158,15 @@ requests = st.builds(
 
 
 @given(requests, st.booleans())
-def test_an_exec_request_comes_back_as_it_was(request: m.ExecRequest, raw: bool) -> None:
-    assert m.decode_exec_request(m.encode_exec_request(request, raw=raw), raw=raw) == request
+def test_an_exec_request_comes_back_as_it_was(
+    request: exec_messages.ExecRequest, raw: bool
+) -> None:
+    assert (
+        exec_messages.decode_exec_request(
+            exec_messages.encode_exec_request(request, raw=raw), raw=raw
+        )
+        == request
+    )
 
 
 @given(st.binary(max_size=300_000), st.binary(max_size=50), st.none() | text, st.booleans())
@@ -160,9 +174,9 @@ def test_an_exec_request_comes_back_as_it_was(request: m.ExecRequest, raw: bool)
 def test_an_exec_response_comes_back_as_it_was(
     out: bytes, err: bytes, error: str | None, raw: bool
 ) -> None:
-    response = m.ExecResponse(out, err, -1, error, 5, 9, True)
-    encoded = m.encode_exec_response(response, raw=raw, extended=True)
-    assert m.decode_exec_response(encoded, raw=raw) == response
+    response = exec_messages.ExecResponse(out, err, -1, error, 5, 9, True)
+    encoded = exec_messages.encode_exec_response(response, raw=raw, extended=True)
+    assert exec_messages.decode_exec_response(encoded, raw=raw) == response
 
 
 @given(st.dictionaries(text.filter(lambda name: name != "data"), text), st.binary(max_size=64))
@@ -176,7 +190,10 @@ def test_the_base_form_is_json_with_arrays_of_integers(values: dict[str, str], d
 
 def test_text_that_looks_like_a_byte_field_stays_text() -> None:
     values = {"error": '"stdout":[1,2', "exit_code": 0, 'x"stdout': [1]}
-    assert m.decode_exec_response(json.dumps(values).encode(), raw=False).error == '"stdout":[1,2'
+    assert (
+        exec_messages.decode_exec_response(json.dumps(values).encode(), raw=False).error
+        == '"stdout":[1,2'
+    )
 
 
 def test_decoding_hostile_bodies_costs_little_more_than_their_size() -> None:
@@ -187,7 +204,7 @@ def test_decoding_hostile_bodies_costs_little_more_than_their_size() -> None:
             body = b'{"success":true,"content":[' + filler * (size // len(filler)) + b"0]}"
             tracemalloc.reset_peak()
             with contextlib.suppress(ProtocolError):
-                m.decode_file_content(body, raw=False)
+                file_messages.decode_file_content(body, raw=False)
             assert tracemalloc.get_traced_memory()[1] < 5 * size
         with pytest.raises(ProtocolError):
             decode_body(b'{"a":"' + b"x" * MAX_JSON + b'"}')

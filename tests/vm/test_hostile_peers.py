@@ -19,7 +19,7 @@ from machine_kit import WAIT, Running
 from voidbus.vm.channel import ExecCall, ExecResult, GuestChannel
 from voidbus.vm.connect import Connected, connect_deadline, connect_guest
 from voidbus.vm.faults import ChannelFault, FaultReason
-from voidbus.vm.guest import messages as m
+from voidbus.vm.guest import exec_messages, file_messages, port_messages
 from voidbus.vm.guest.agent import Agent, Settings
 from voidbus.vm.guest.connection import Connection
 from voidbus.vm.guest.frames import (
@@ -102,7 +102,7 @@ def test_a_base_protocol_guest_gets_json_and_no_extension(channel_to: MakeChanne
     running = Running(channel, ExecCall("cat", stdin=b"\x00\xff"))
     kind, number, body = guest.message()
     assert kind == MessageType.EXEC_REQUEST
-    assert m.decode_exec_request(body, raw=False).stdin == b"\x00\xff"
+    assert exec_messages.decode_exec_request(body, raw=False).stdin == b"\x00\xff"
     assert not running.handle.signal(15)
     with pytest.raises(ChannelFault, match="unsupported"):
         channel.listen_forward(1, ("127.0.0.1", 1), WAIT)
@@ -121,8 +121,8 @@ def test_answers_to_nobody_are_dropped(channel_to: MakeChannel) -> None:
     guest.send(MessageType.EXEC_RESPONSE, 77, b"not even a body")
     running = Running(channel, ExecCall("true"))
     _, number, _ = guest.message()
-    response = m.ExecResponse(b"", b"", 0)
-    encoded = m.encode_exec_response(response, raw=True, extended=True)
+    response = exec_messages.ExecResponse(b"", b"", 0)
+    encoded = exec_messages.encode_exec_response(response, raw=True, extended=True)
     guest.send(MessageType.EXEC_RESPONSE, number, encoded)
     assert running.result().exit_code == 0
     assert channel.dropped == 1
@@ -180,16 +180,16 @@ def test_a_guest_can_reach_only_endpoints_that_were_named(channel_to: MakeChanne
         )
         thread.start()
         _, number, _ = guest.message()
-        listening = m.encode_listening(m.Listening(80))
+        listening = port_messages.encode_listening(port_messages.Listening(80))
         guest.send(MessageType.FORWARD_LISTENING, number, listening)
         thread.join(WAIT)
         assert ports == [80]
         stream = GUEST_STREAM_BIT | 1
-        guest.send(MessageType.FORWARD_OPEN, stream, m.encode_port(22))
+        guest.send(MessageType.FORWARD_OPEN, stream, port_messages.encode_port(22))
         assert guest.message() == (MessageType.FORWARD_CLOSE, stream, b"\x01")
         # More than the window is not kept: the stream ends.
         stream += 1
-        guest.send(MessageType.FORWARD_OPEN, stream, m.encode_port(80))
+        guest.send(MessageType.FORWARD_OPEN, stream, port_messages.encode_port(80))
         for _ in range(400):
             guest.send(MessageType.FORWARD_DATA, stream, bytes(65536))
         while (answer := guest.message())[0] == MessageType.FORWARD_WINDOW:
@@ -310,12 +310,12 @@ def test_a_base_protocol_host_is_served_in_order_and_in_json(host: RawHost) -> N
     assert body == b'{"stream":"stdout","seq":0,"data":[104,105,10]}'
     kind, number, body = host.peer.message()
     assert (kind, number) == (MessageType.EXEC_RESPONSE, 1)
-    response = m.decode_exec_response(body, raw=False)
+    response = exec_messages.decode_exec_response(body, raw=False)
     assert (response.stdout, response.exit_code) == (b"hi\n", 3)
     assert b"truncated" not in body
     kind, number, body = host.peer.message()
     assert (kind, number) == (MessageType.READ_FILE_RESPONSE, 2)
-    assert m.decode_file_content(body, raw=False).content == b"hi\n"
+    assert file_messages.decode_file_content(body, raw=False).content == b"hi\n"
 
 
 def test_an_unknown_frame_type_is_skipped_by_the_guest(host: RawHost) -> None:
@@ -345,9 +345,11 @@ def test_a_peer_that_does_not_authenticate_gets_a_closed_connection(
 def test_a_host_that_leaves_takes_its_programs_with_it(host: RawHost) -> None:
     host.authenticate(Flags.MULTIPLEX)
     script = "echo $$; exec sleep 73"
-    request = m.encode_exec_request(m.ExecRequest("sh", ("-c", script)), raw=False)
+    request = exec_messages.encode_exec_request(
+        exec_messages.ExecRequest("sh", ("-c", script)), raw=False
+    )
     host.peer.send(MessageType.EXEC_REQUEST, 1, request)
-    chunk = m.decode_exec_chunk(host.peer.message()[2], raw=False)
+    chunk = exec_messages.decode_exec_chunk(host.peer.message()[2], raw=False)
     pid = int(chunk.data)
     host.close()
     with pytest.raises(ProcessLookupError):

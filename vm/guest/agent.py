@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .configure_messages import Configure, Configured
 from .connection import MAX_EXECS, Connection
 from .descendants import Children
 from .files import Files
 from .handshake import EVERYTHING, Flags
 from .identity import Identity
 from .limits import Limits, apply_limits
-from .messages import Configure, Configured
 from .place import Place
 from .pty_session import MAX_SESSIONS
 from .rules import Rules

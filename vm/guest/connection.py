@@ -9,8 +9,20 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from .configure_messages import Configure, Configured, decode_configure, encode_configured
 from .descendants import Children
+from .exec_messages import (
+    CHUNK_BYTES,
+    CHUNK_BYTES_RAW,
+    ExecChunk,
+    ExecResponse,
+    decode_exec_request,
+    decode_signal,
+    encode_exec_chunk,
+    encode_exec_response,
+)
 from .execution import Execution
+from .file_messages import decode_path, decode_write_file, encode_file_content, encode_file_stat
 from .files import Files
 from .forward import StreamPump
 from .frames import (
@@ -25,37 +37,14 @@ from .frames import (
 )
 from .handshake import BASE_PROTOCOL, Flags, accepts, decode_ping, encode_pong
 from .identity import Identity
-from .messages import (
-    CHUNK_BYTES,
-    CHUNK_BYTES_RAW,
-    Configure,
-    Configured,
-    ExecChunk,
-    ExecResponse,
-    Listening,
-    Outcome,
-    TelemetrySubscription,
-    decode_configure,
-    decode_exec_request,
-    decode_path,
-    decode_port,
-    decode_pty_open,
-    decode_signal,
-    decode_subscription,
-    decode_write_file,
-    encode_configured,
-    encode_exec_chunk,
-    encode_exec_response,
-    encode_file_content,
-    encode_file_stat,
-    encode_listening,
-    encode_outcome,
-    encode_telemetry,
-)
+from .outcome import Outcome, encode_outcome
 from .place import Place
+from .port_messages import Listening, decode_port, encode_listening
+from .pty_messages import decode_pty_open
 from .pty_session import MAX_SESSIONS, PtySession
 from .rules import Rules
 from .telemetry import MIN_INTERVAL_MS, Telemetry
+from .telemetry_messages import TelemetrySubscription, decode_subscription, encode_telemetry
 
 HANDSHAKE_SECONDS = 10.0
 """How long a connection may take to authenticate."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import IO
 
 from .descendants import Children, descendants, send_signal
+from .exec_messages import ExecChunk, ExecRequest, ExecResponse, Stream
 from .identity import Identity
-from .messages import ExecChunk, ExecRequest, ExecResponse, Stream
 from .place import Place
 
 DRAIN_SECONDS = 0.5

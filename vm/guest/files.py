@@ -12,8 +12,9 @@ import os
 import stat
 from collections.abc import Iterator
 
+from .file_messages import FileContent, FileStat, WriteFile
 from .identity import Identity
-from .messages import FileContent, FileStat, Outcome, WriteFile
+from .outcome import Outcome
 from .place import Place
 
 ROOTS = ("/workspace", "/home", "/etc/voidbox")

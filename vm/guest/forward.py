@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .frames import GUEST_STREAM_BIT, MessageType
-from .messages import encode_port
+from .port_messages import encode_port
 
 WINDOW = 256 * 1024
 MAX_STREAMS = 64

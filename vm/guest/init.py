@@ -63,9 +63,9 @@ def _run(boot: Boot) -> None:
 
 def _serve(boot: Boot) -> None:
     from .agent import Agent, Settings
+    from .configure_messages import Configure
     from .handshake import EVERYTHING
     from .limits import Limits, apply_limits
-    from .messages import Configure
 
     def configure(message: Configure) -> tuple[str, ...]:
         warnings = list(boot.warnings)

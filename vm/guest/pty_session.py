@@ -16,8 +16,8 @@ from collections.abc import Callable
 from .descendants import Children, descendants, send_signal
 from .frames import Frame, MessageType, ProtocolError, split_message
 from .identity import Identity
-from .messages import PtyOpen, decode_pty_resize, encode_pty_closed
 from .place import Place
+from .pty_messages import PtyOpen, decode_pty_resize, encode_pty_closed
 
 MAX_SESSIONS = 4
 """Sessions at a time (protocol, "PTY")."""

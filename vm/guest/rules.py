@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from .configure_messages import decode_limits
 from .frames import ProtocolError
 from .limits import Limits
-from .messages import decode_limits
 
 ALLOWLIST = "/etc/voidbox/allowed_commands.json"
 LIMITS = "/etc/voidbox/resource_limits.json"

@@ -6,7 +6,7 @@ import os
 import time
 
 from .descendants import descendants, process_ids, stat_fields
-from .messages import ProcessUsage, SystemUsage, TelemetryBatch
+from .telemetry_messages import ProcessUsage, SystemUsage, TelemetryBatch
 
 MIN_INTERVAL_MS = 100
 """The shortest interval a host gets (protocol, "Telemetry")."""
