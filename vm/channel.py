@@ -11,6 +11,7 @@ from pathlib import Path
 
 from voidbus.vm.connect import Connected
 from voidbus.vm.faults import ChannelFault, FaultReason
+from voidbus.vm.file_watching import FileWatching
 from voidbus.vm.guest import (
     configure_messages,
     exec_messages,
@@ -29,7 +30,7 @@ from voidbus.vm.guest.frames import (
 )
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.guest.telemetry_messages import TelemetryBatch
-from voidbus.vm.multiplexer import Multiplexer, Slot, guarded
+from voidbus.vm.multiplexer import Slot, guarded
 from voidbus.vm.pty import PtyCall, PtyChannel
 
 DEFAULT_EXEC_SECONDS = 1200.0
@@ -79,7 +80,7 @@ class ExecHandle:
         return self._channel.send_signal(self.request_id, number)
 
 
-class GuestChannel(Multiplexer):
+class GuestChannel(FileWatching):
     """One authenticated connection to a guest agent.
 
     Calls are safe from any thread. Callbacks run on the channel's reader thread: they must be
@@ -318,6 +319,7 @@ class GuestChannel(Multiplexer):
                 return
             self._refuse_on_reader()
             self._reader.join()
+            self._end_watching()
             if self._pump is not None:
                 self._pump.close()
             for pty in self._ptys:

@@ -44,6 +44,8 @@ class Slot:
     on_body: Callable[[bytes], None]
     on_fault: Callable[[ChannelFault], None]
     on_chunk: Callable[[bytes], None] | None = None
+    """What comes beside the answer, in frames of the type ``chunk``."""
+    chunk: MessageType = MessageType.EXEC_OUTPUT_CHUNK
     lasting: bool = False
     what: str = ""
 
@@ -186,7 +188,7 @@ class Multiplexer:
             for number, _ in late:
                 del self._slots[number]
         for number, slot in late:
-            if slot.on_chunk is not None and Flags.CONCURRENT in self.flags:
+            if slot.expected == MessageType.EXEC_RESPONSE and Flags.CONCURRENT in self.flags:
                 with contextlib.suppress(ChannelFault):
                     body = exec_messages.encode_signal(9)
                     self._sender.put(encode_message(MessageType.SIGNAL, number, body))
@@ -208,7 +210,7 @@ class Multiplexer:
                 del self._slots[request_id]
         if slot is None:
             self.dropped += 1
-        elif kind == MessageType.EXEC_OUTPUT_CHUNK and slot.on_chunk is not None:
+        elif kind == slot.chunk and slot.on_chunk is not None:
             slot.on_chunk(body)
         elif kind == slot.expected:
             try:

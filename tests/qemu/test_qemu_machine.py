@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
+from watch_kit import FileWatchConformance
 
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import stat_fields
@@ -23,7 +24,7 @@ from voidbus.vm.qemu.machine import QemuMachine
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(240)]
 
 
-class TestQemuMachine(MachineConformance):
+class TestQemuMachine(MachineConformance, FileWatchConformance):
     machine_type = QemuMachine
 
     def test_it_says_that_it_isolates(self) -> None:

@@ -50,6 +50,7 @@ PLAIN: tuple[Callable[[bytes], object], ...] = (
     file_messages.decode_path,
     outcome.decode_outcome,
     file_messages.decode_file_stat,
+    file_messages.decode_file_changed,
     port_messages.decode_port,
     port_messages.decode_listening,
     pty_messages.decode_pty_open,
@@ -108,7 +109,7 @@ bodies = (
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(bodies, st.booleans())
 def test_decoders_raise_nothing_but_protocol_errors(body: bytes, raw: bool) -> None:
     for with_bytes in WITH_BYTES:
@@ -210,6 +211,25 @@ def test_decoding_hostile_bodies_costs_little_more_than_their_size() -> None:
             decode_body(b'{"a":"' + b"x" * MAX_JSON + b'"}')
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"exists":false}',
+        b'{"exists":true}',
+        b'{"exists":true,"size":null}',
+        b'{"exists":true,"size":-1}',
+        b'{"exists":true,"size":1.5}',
+        b'{"exists":1,"size":1}',
+    ],
+)
+def test_a_notice_of_a_file_names_one_that_is_there_and_its_size(body: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        file_messages.decode_file_changed(body)
+    there = file_messages.FileStat(True, 3)
+    assert file_messages.decode_file_changed(file_messages.encode_file_stat(there)) == there
 
 
 # -- frames -------------------------------------------------------------------------------

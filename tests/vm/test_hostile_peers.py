@@ -8,16 +8,17 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine_kit import WAIT, Running
+from raw_peer import MakeChannel, RawPeer, raw_guest, raw_guests
 
-from voidbus.vm.channel import ExecCall, ExecResult, GuestChannel
-from voidbus.vm.connect import Connected, connect_deadline, connect_guest
+from voidbus.vm.channel import ExecCall, ExecResult
+from voidbus.vm.connect import connect_deadline, connect_guest
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest import exec_messages, file_messages, port_messages
 from voidbus.vm.guest.agent import Agent, Settings
@@ -25,73 +26,19 @@ from voidbus.vm.guest.connection import Connection
 from voidbus.vm.guest.frames import (
     GUEST_STREAM_BIT,
     HEADER,
-    Frame,
-    FrameDecoder,
     MessageType,
     encode_frame,
     encode_message,
-    split_message,
 )
 from voidbus.vm.guest.handshake import EVERYTHING, Flags, encode_ping, encode_pong
 
 SECRET = secrets.token_bytes(32)
 
 
-class RawPeer:
-    """One end of a stream, spoken frame by frame."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        sock.settimeout(WAIT)
-        self._decoder = FrameDecoder()
-        self._frames: list[Frame] = []
-
-    def send(self, kind: int, request_id: int, body: bytes = b"") -> None:
-        self.sock.sendall(encode_message(kind, request_id, body))
-
-    def receive(self) -> Frame | None:
-        """The next frame; None when the other side closed."""
-        while not self._frames:
-            try:
-                data = self.sock.recv(65536)
-            except ConnectionError:
-                return None
-            if not data:
-                return None
-            self._frames = self._decoder.feed(data)
-        return self._frames.pop(0)
-
-    def message(self) -> tuple[int, int, bytes]:
-        frame = self.receive()
-        assert frame is not None
-        return (frame.type, *split_message(frame.payload))
-
-
-def no_dial(_: float) -> Connected:
-    raise AssertionError("nothing to dial")
-
-
 @pytest.fixture
-def channel_to() -> Iterator[Callable[[Flags], tuple[GuestChannel, RawPeer]]]:
-    made: list[tuple[GuestChannel, RawPeer]] = []
-
-    def make(flags: Flags) -> tuple[GuestChannel, RawPeer]:
-        made.append(raw_guest(flags))
-        return made[-1]
-
-    yield make
-    for channel, peer in made:
-        channel.close()
-        peer.sock.close()
-
-
-def raw_guest(flags: Flags) -> tuple[GuestChannel, RawPeer]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    return GuestChannel(Connected(ours, flags), dial=no_dial), RawPeer(theirs)
-
-
-MakeChannel = Callable[[Flags], tuple[GuestChannel, RawPeer]]
+def channel_to() -> Iterator[MakeChannel]:
+    with raw_guests() as make:
+        yield make
 
 
 # -- the host against raw guests ----------------------------------------------------------

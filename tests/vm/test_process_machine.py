@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from machine_kit import WAIT, Guest, MachineConformance, MakeGuest, run, shell
+from watch_kit import FileWatchConformance
 
 from voidbus.vm.channel import ExecResult
 from voidbus.vm.faults import ChannelFault, FaultReason
@@ -17,7 +18,7 @@ from voidbus.vm.machine import MachineError
 from voidbus.vm.process.machine import ProcessMachine
 
 
-class TestProcessMachine(MachineConformance):
+class TestProcessMachine(MachineConformance, FileWatchConformance):
     machine_type = ProcessMachine
 
     def test_it_says_that_it_does_not_isolate(self) -> None:

@@ -22,7 +22,7 @@ from .exec_messages import (
     encode_exec_response,
 )
 from .execution import Execution
-from .file_messages import decode_path, decode_write_file, encode_file_content, encode_file_stat
+from .file_requests import FileRequests
 from .files import Files
 from .forward import StreamPump
 from .frames import (
@@ -64,8 +64,6 @@ MAX_EXECS = 128
 """Programs running at a time, over all connections."""
 
 _RECEIVE = 256 * 1024
-_READ_LIMIT_RAW = MAX_PAYLOAD - 4096
-_READ_LIMIT_BASE = MAX_PAYLOAD // 4 - 4096
 
 
 class Host(Protocol):
@@ -102,6 +100,7 @@ class Connection:
         self._execs: dict[int, Execution] = {}
         self._threads: set[threading.Thread] = set()
         self._closing = threading.Event()
+        self._files = FileRequests(host.files, host.place, self._send)
         self._pump: StreamPump | None = None
         self._pty: PtySession | None = None
 
@@ -143,6 +142,7 @@ class Connection:
             self._pty.kill()
         for thread in threads:
             thread.join()
+        self._files.close()
         if self._pump is not None:
             self._pump.close()
         self._sock.close()
@@ -173,15 +173,12 @@ class Connection:
     def _handlers(self) -> dict[MessageType, Callable[[int, bytes], None]]:
         handlers: dict[MessageType, Callable[[int, bytes], None]] = {
             MessageType.EXEC_REQUEST: self._exec,
-            MessageType.WRITE_FILE: self._write_file,
-            MessageType.MKDIR: self._mkdir,
-            MessageType.READ_FILE: self._read_file,
-            MessageType.FILE_STAT: self._file_stat,
             MessageType.SUBSCRIBE_TELEMETRY: self._subscribe,
             MessageType.PTY_OPEN: self._open_pty,
             MessageType.SNAPSHOT_READY: self._snapshot_ready,
             MessageType.SHUTDOWN: self._shutdown,
         }
+        handlers.update(self._files.handlers(self._flags or BASE_PROTOCOL))
         if self._concurrent:
             handlers[MessageType.SIGNAL] = self._signal
         if self._flags is not None and Flags.CONFIGURE in self._flags:
@@ -291,26 +288,6 @@ class Connection:
             execution = self._execs.get(request_id)
         if execution is not None:
             execution.signal(number)
-
-    # -- files ----------------------------------------------------------------------------
-
-    def _write_file(self, request_id: int, body: bytes) -> None:
-        outcome = self._host.files.write(decode_write_file(body, raw=self._raw))
-        self._send(MessageType.WRITE_FILE_RESPONSE, request_id, encode_outcome(outcome))
-
-    def _mkdir(self, request_id: int, body: bytes) -> None:
-        outcome = self._host.files.mkdir(decode_path(body))
-        self._send(MessageType.MKDIR_RESPONSE, request_id, encode_outcome(outcome))
-
-    def _read_file(self, request_id: int, body: bytes) -> None:
-        limit = _READ_LIMIT_RAW if self._raw else _READ_LIMIT_BASE
-        content = self._host.files.read(decode_path(body), limit)
-        encoded = encode_file_content(content, raw=self._raw)
-        self._send(MessageType.READ_FILE_RESPONSE, request_id, encoded)
-
-    def _file_stat(self, request_id: int, body: bytes) -> None:
-        found = self._host.files.stat(decode_path(body))
-        self._send(MessageType.FILE_STAT_RESPONSE, request_id, encode_file_stat(found))
 
     # -- telemetry ------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ from .bodies import decode_body, encode_body
 from .fields import flag, optional_number, optional_text, text
 from .frames import ProtocolError
 
+MAX_WATCHED = 16
+"""Files one connection may watch."""
+
 
 class WriteFile(NamedTuple):
     path: str
@@ -78,3 +81,11 @@ def decode_file_stat(body: bytes) -> FileStat:
         optional_number(values, "size"),
         optional_text(values, "error"),
     )
+
+
+def decode_file_changed(body: bytes) -> FileStat:
+    """The body of FILE_CHANGED: a FileStat of a file that is there."""
+    found = decode_file_stat(body)
+    if not found.exists or found.size is None:
+        raise ProtocolError("notice of a file that is not there")
+    return found

@@ -1,8 +1,4 @@
-"""The host's file requests, held inside the roots they are allowed in.
-
-Every directory on the way is opened by itself, relative to the one before and without
-following links, so neither ``..`` nor a link, nor one put there meanwhile, leads out.
-"""
+"""The host's file requests, held inside the roots they are allowed in."""
 
 from __future__ import annotations
 
@@ -12,15 +8,12 @@ import os
 import stat
 from collections.abc import Iterator
 
+from .descent import descend, enter
 from .file_messages import FileContent, FileStat, WriteFile
 from .identity import Identity
 from .outcome import Outcome
+from .paths import names_of, reason
 from .place import Place
-
-ROOTS = ("/workspace", "/home", "/etc/voidbox")
-"""Where files may be read and written (protocol, "File RPCs")."""
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Files:
@@ -46,7 +39,7 @@ class Files:
                 finally:
                     os.close(fd)
         except (OSError, ValueError) as error:
-            return Outcome(False, _reason(error, request.path))
+            return Outcome(False, reason(error, request.path))
         return Outcome(True)
 
     def mkdir(self, path: str) -> Outcome:
@@ -54,7 +47,7 @@ class Files:
             with self._parent(path, create=True, whole=True):
                 return Outcome(True)
         except (OSError, ValueError) as error:
-            return Outcome(False, _reason(error, path))
+            return Outcome(False, reason(error, path))
 
     def read(self, path: str, limit: int) -> FileContent:
         """A file's content. ``limit`` is the most bytes an answer can carry."""
@@ -68,7 +61,7 @@ class Files:
                 finally:
                     os.close(fd)
         except (OSError, ValueError) as error:
-            return FileContent(False, b"", _reason(error, path))
+            return FileContent(False, b"", reason(error, path))
         if content is None:
             return FileContent(False, b"", f"{path}: larger than one answer can carry ({limit} B)")
         return FileContent(True, content)
@@ -80,52 +73,34 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):
             return FileStat(False)
         except (OSError, ValueError) as error:
-            return FileStat(False, None, _reason(error, path))
+            return FileStat(False, None, reason(error, path))
         return FileStat(True, found.st_size)
 
     @contextlib.contextmanager
     def _parent(self, path: str, *, create: bool, whole: bool = False) -> Iterator[tuple[int, str]]:
         """The opened directory that holds ``path`` and the last name; with ``whole`` the
         directory ``path`` itself."""
-        names = _names(path)
-        # The root "/" (or the scratch directory) is ours; from there on nothing is trusted.
-        fd = os.open(self._place.root or "/", _DIRECTORY)
-        try:
-            for name in names if whole else names[:-1]:
-                below = self._descend(fd, name, create=create)
-                os.close(fd)
-                fd = below
-            yield fd, names[-1]
-        finally:
-            os.close(fd)
+        names = names_of(path)
+        step = self._enter_or_make if create else enter
+        with descend(self._place, names if whole else names[:-1], step) as parent:
+            yield parent, names[-1]
 
-    def _descend(self, parent: int, name: str, *, create: bool) -> int:
-        made = False
-        if create:
-            try:
-                os.mkdir(name, 0o755, dir_fd=parent)
-                made = True
-            except FileExistsError:
-                pass
-        fd = os.open(name, _DIRECTORY, dir_fd=parent)
-        if made:
+    def _enter_or_make(self, parent: int, name: str) -> int:
+        try:
+            os.mkdir(name, 0o755, dir_fd=parent)
+        except FileExistsError:
+            return enter(parent, name)
+        fd = enter(parent, name)
+        try:
             self._own(fd)
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     def _own(self, fd: int) -> None:
         if self._identity is not None:
             os.fchown(fd, self._identity.uid, self._identity.gid)
-
-
-def _names(path: str) -> list[str]:
-    names = [name for name in path.split("/") if name not in ("", ".")]
-    inside = any(
-        names[: len(root)] == root and len(names) >= len(root)
-        for root in ([part for part in text.split("/") if part] for text in ROOTS)
-    )
-    if not path.startswith("/") or ".." in names or not inside:
-        raise ValueError(f"{path!r} is outside {', '.join(ROOTS)}")
-    return names
 
 
 def _require_regular(fd: int) -> None:
@@ -142,11 +117,3 @@ def _read_up_to(fd: int, limit: int) -> bytes | None:
         parts.append(data)
         left -= len(data)
     return None if left <= 0 else b"".join(parts)
-
-
-def _reason(error: Exception, path: str) -> str:
-    if isinstance(error, OSError):
-        if error.errno == errno.ELOOP:
-            return f"{path}: links are not followed"
-        return f"{path}: {error.strerror}"
-    return str(error)

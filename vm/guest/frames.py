@@ -80,6 +80,13 @@ class MessageType(enum.IntEnum):
     """Host to guest, once a machine: what programs get and must keep to, and the time."""
     CONFIGURED = 36
     """Guest to host: what went wrong while the machine booted, or why it is refused."""
+    # WATCH_FILES; see file_watch.py:
+    WATCH_FILE = 37
+    """Host to guest ``{"path": p}``: tell of this file for as long as the connection lasts."""
+    WATCH_FILE_RESPONSE = 38
+    """Guest to host ``{"success": b, "error": null}``: it is watched, or why it is not."""
+    FILE_CHANGED = 39
+    """Guest to host under the watch's request id: the file is complete, as FileStat says it."""
 
 
 LAST_BASE_TYPE = MessageType.PTY_CLOSED

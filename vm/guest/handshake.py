@@ -37,10 +37,17 @@ class Flags(enum.IntFlag):
     """The guest can listen on local ports and carry their streams to the host."""
     CONFIGURE = 16
     """The host says by CONFIGURE what programs must keep to, and the guest runs none before."""
+    WATCH_FILES = 32
+    """The guest tells by itself when a file the host asked for is complete."""
 
 
 EVERYTHING = (
-    Flags.MULTIPLEX | Flags.CONCURRENT | Flags.RAW_BODIES | Flags.PORT_FORWARD | Flags.CONFIGURE
+    Flags.MULTIPLEX
+    | Flags.CONCURRENT
+    | Flags.RAW_BODIES
+    | Flags.PORT_FORWARD
+    | Flags.CONFIGURE
+    | Flags.WATCH_FILES
 )
 BASE_PROTOCOL = Flags.MULTIPLEX
 
