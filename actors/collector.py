@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from voidbus.actors.messages.actor import detail_of
 from voidbus.actors.messages.journal import Appended, AppendEvents, ReadStages, StageEvents
 from voidbus.actors.messages.runs import InspectRun, RunEvent, RunState
 from voidbus.actors.recovery import Recovered, recover, remove_directory
 from voidbus.actors.run_record import RunRecord
 from voidbus.actors.runtime.actor import Actor, Refuse
-from voidbus.transport.fault import Fault
 from voidbus.transport.message import Message
 
 log = logging.getLogger("voidbus.actors")
@@ -123,8 +123,3 @@ class Collector:
     def _again(self, run: RunRecord, outcome: Message, retry: Callable[[], None]) -> None:
         log.error("run %s: %s; trying again", run.run_id, detail_of(outcome))
         self._actor.after(_RETRY_SECONDS, retry)
-
-
-def detail_of(outcome: Message) -> str:
-    """Why an ask did not get the reply it wanted."""
-    return outcome.detail if isinstance(outcome, Fault) else f"unexpected {outcome.tag}"

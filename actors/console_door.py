@@ -1,4 +1,4 @@
-"""A machine's console: from its VM actor while it lives, from what was kept of it afterwards."""
+"""A machine's console: from its run while it lives, from what was kept of it afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from voidbus.actors.console_file import read_console
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole, is_run_id, run_node
-from voidbus.actors.run import VM_PATH
+from voidbus.actors.run import RUN_PATH
 from voidbus.actors.runtime.actor import Actor
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import Fault, FaultReason
@@ -35,7 +35,7 @@ class ConsoleDoor:
                 delivery.reply(outcome)
 
         self._actor.ask(
-            f"{run_node(message.run_id)}/{VM_PATH}", message, answered, timeout=_ASK_TIMEOUT
+            f"{run_node(message.run_id)}/{RUN_PATH}", message, answered, timeout=_ASK_TIMEOUT
         )
 
     def _read_kept(self, run_id: str, delivery: Delivery) -> None:

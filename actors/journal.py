@@ -13,37 +13,56 @@ from voidbus.actors.journal_store import (
     JournalStore,
     NoSuchRun,
 )
+from voidbus.actors.messages.artifacts import ArtifactList, FindArtifact, ListArtifacts
 from voidbus.actors.messages.journal import (
     ActiveRuns,
     Appended,
     AppendEvents,
     CreateRun,
+    FindUnlisted,
     LoadActive,
+    PruneRuns,
     ReadStages,
     RecordProcess,
     RunEnded,
+    RunsPruned,
     StageEvents,
     TakeIntents,
+    Unlisted,
 )
 from voidbus.actors.messages.runs import (
+    CountRunStates,
     EventPage,
     EventPublished,
     InspectRun,
     ListRuns,
+    RawEvents,
     ReadEvents,
+    ReadRawEvents,
     RunEvent,
     RunList,
     RunState,
+    RunStateCounts,
     events_topic,
     run_node,
 )
+from voidbus.actors.messages.sessions import AddToSession, ReadSession, SessionRead
 from voidbus.actors.messages.sidecar import IntentList
-from voidbus.actors.runtime.actor import Actor, Place, Refuse, handles
+from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, handles
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 
 # A list shows this much of each run's output (characters); `InspectRun` gives all of it.
 _LISTED_OUTPUT = 1000
+# A page of events is one message of 4 MiB at most (bytes).
+_PAGE_BYTES = 2_000_000
+# Files of one run that are listed: 64 of a stage, and its output, are kept.
+_ARTIFACTS_LISTED = 10_000
+# Runs forgotten in one transaction: others wait for it meanwhile. One may have 32 MiB of events.
+_PRUNED_AT_ONCE = 8
+_COUNTED_AT_ONCE = 1000
+# Messages of a session; the oldest are forgotten.
+_SESSION_LIMIT = 1000
 
 
 class Journal(Actor):
@@ -96,6 +115,47 @@ class Journal(Actor):
             self.system.node.retire_topic(events_topic(message.run_id))
         return Appended(run_id=message.run_id, last_seq=state.last_seq, ended=state.status.terminal)
 
+    @handles(FindArtifact)
+    def on_find_artifact(self, message: FindArtifact, delivery: Delivery) -> ArtifactList:
+        with _as_faults():
+            found = self.store.artifact(message.run_id, message.stage, message.name)
+            if found is None:
+                self.store.run(message.run_id)
+        return ArtifactList(run_id=message.run_id, artifacts=(found,) if found else ())
+
+    @handles(ListArtifacts)
+    def on_list_artifacts(self, message: ListArtifacts, delivery: Delivery) -> ArtifactList:
+        with _as_faults():
+            self.store.run(message.run_id)
+            artifacts = self.store.artifacts(message.run_id, _ARTIFACTS_LISTED)
+        return ArtifactList(run_id=message.run_id, artifacts=artifacts)
+
+    @handles(PruneRuns)
+    def on_prune(self, message: PruneRuns, delivery: Delivery) -> RunsPruned:
+        prune = self.store.prunable if message.dry_run else self.store.prune
+        limit = _COUNTED_AT_ONCE if message.dry_run else _PRUNED_AT_ONCE
+        with _as_faults():
+            pruned = prune(message.before_ms, message.max_bytes, limit)
+        return RunsPruned(runs=pruned.runs, size_bytes=pruned.size, more=pruned.more)
+
+    @handles(FindUnlisted)
+    def on_find_unlisted(self, message: FindUnlisted, delivery: Delivery) -> Unlisted:
+        with _as_faults():
+            return Unlisted(digests=self.store.unlisted(message.digests))
+
+    @handles(AddToSession)
+    def on_add_to_session(self, message: AddToSession, delivery: Delivery) -> None:
+        with _as_faults():
+            body = message.message.model_dump_json()
+            self.store.add_to_session(message.session_id, body, _SESSION_LIMIT)
+
+    @handles(ReadSession)
+    def on_read_session(self, message: ReadSession, delivery: Delivery) -> object:
+        with _as_faults():
+            bodies = self.store.session(message.session_id)
+        delivery.reply(SessionRead(count=len(bodies)), ["\n".join(bodies).encode()])
+        return LATER
+
     @handles(LoadActive)
     def on_load_active(self, message: LoadActive, delivery: Delivery) -> ActiveRuns:
         with _as_faults():
@@ -119,7 +179,7 @@ class Journal(Actor):
     def on_list(self, message: ListRuns, delivery: Delivery) -> RunList:
         active = None if message.state is None else message.state == "active"
         with _as_faults():
-            runs, total = self.store.runs(active=active, limit=message.limit)
+            runs, total = self.store.runs(active=active, limit=message.limit, offset=message.offset)
         return RunList(runs=tuple(_without_long_output(run) for run in runs), total=total)
 
     @handles(InspectRun)
@@ -138,7 +198,7 @@ class Journal(Actor):
         size, kept = 0, 0
         for event in events:
             size += len(event.message) + len(str(event.payload)) + 800
-            if size > 2_000_000 and kept:
+            if size > _PAGE_BYTES and kept:
                 break
             kept += 1
         return EventPage(
@@ -147,6 +207,35 @@ class Journal(Actor):
             last_seq=state.last_seq,
             ended=state.status.terminal,
         )
+
+    @handles(ReadRawEvents)
+    def on_read_raw_events(self, message: ReadRawEvents, delivery: Delivery) -> object:
+        with _as_faults():
+            state = self.store.run(message.run_id)
+            after = message.after
+            if message.after_id is not None:
+                known = self.store.seq_of(message.run_id, message.after_id)
+                after = after if known is None else known
+            bodies, last = self.store.raw_events(
+                message.run_id,
+                after=after,
+                limit=message.limit,
+                stream=message.stream,
+                max_bytes=_PAGE_BYTES,
+            )
+        page = RawEvents(
+            run_id=message.run_id, last=last, last_seq=state.last_seq, ended=state.status.terminal
+        )
+        attachments = ["\n".join(bodies).encode()]
+        if message.with_state:
+            attachments.append(state.to_json())
+        delivery.reply(page, attachments)
+        return LATER
+
+    @handles(CountRunStates)
+    def on_count_states(self, message: CountRunStates, delivery: Delivery) -> RunStateCounts:
+        with _as_faults():
+            return RunStateCounts(counts=self.store.counts())
 
     def _has_ended(self, run_id: str) -> bool:
         return self.store.run(run_id).status.terminal

@@ -9,34 +9,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from voidbus.actors.journal_schema import SCHEMA_VERSION, prepare
+from voidbus.actors.messages.artifacts import StoredArtifact
 from voidbus.actors.messages.journal import AppendEvents, CreateRun, ProcessRecord
 from voidbus.actors.messages.runs import RunEvent, RunState
 from voidbus.sidecar.model import Intent
 
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
-CREATE TABLE runs (
-    id TEXT PRIMARY KEY,
-    created INTEGER NOT NULL,
-    active INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    process TEXT NOT NULL,
-    intents TEXT NOT NULL DEFAULT '[]'
-) STRICT;
-CREATE INDEX runs_by_activity ON runs (active, created);
-CREATE TABLE events (
-    run_id TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-    seq INTEGER NOT NULL,
-    stream TEXT,
-    body TEXT NOT NULL,
-    PRIMARY KEY (run_id, seq)
-) STRICT, WITHOUT ROWID;
-"""
+# Pages of the file given back to the disk after each prune; each is 4 KiB.
+_PAGES_FREED = 4096
 
 
 class JournalError(Exception):
@@ -51,11 +37,25 @@ class JournalConflict(JournalError):
     """A change that doesn't fit what is there: a gap, an old generation, a run that has ended."""
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Runs that were forgotten, and how much they took up; `more`: there are others to forget."""
+
+    runs: tuple[str, ...]
+    size: int
+    more: bool
+
+
 class JournalStore:
     """Runs and events on disk. For one thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, now_ms: Callable[[], int] = _now_ms) -> None:
         self._path = path
+        self._now_ms = now_ms
         with self._explained():
             # Autocommit; transactions are begun where they begin.
             self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
@@ -88,6 +88,8 @@ class JournalStore:
             except sqlite3.IntegrityError:
                 raise JournalConflict(f"there is a run {run.state.id} already") from None
             self._insert(run.state.id, run.events)
+            if run.state.status.terminal:
+                self._db.execute("UPDATE runs SET ended = ? WHERE id = ?", (now_ms, run.state.id))
 
     def record_process(self, run_id: str, process: ProcessRecord) -> None:
         with self._transaction():
@@ -124,10 +126,12 @@ class JournalStore:
                         f"{expected - 1}"
                     )
             self._insert(batch.run_id, fresh)
+            self._list(batch.run_id, batch.artifacts)
             state = _changed(state, batch, fresh)
+            ended = self._now_ms() if state.status.terminal else None
             self._db.execute(
-                "UPDATE runs SET state = ?, active = ? WHERE id = ?",
-                (state.model_dump_json(), not state.status.terminal, batch.run_id),
+                "UPDATE runs SET state = ?, active = ?, ended = ? WHERE id = ?",
+                (state.model_dump_json(), not state.status.terminal, ended, batch.run_id),
             )
             if batch.outcome is not None:
                 intents = json.dumps([i.model_dump(mode="json") for i in batch.outcome.intents])
@@ -145,6 +149,62 @@ class JournalStore:
                 self._db.execute("UPDATE runs SET intents = '[]' WHERE id = ?", (run_id,))
             return tuple(Intent.model_validate(item) for item in json.loads(row[0]))
 
+    def prune(self, before_ms: int | None, max_bytes: int | None, limit: int) -> Pruned:
+        """Forget the runs that ended before `before_ms`, and the oldest until those that have ended
+        take up no more than `max_bytes`; `limit` of them at most, for others wait meanwhile."""
+        with self._transaction():
+            doomed = self._doomed(before_ms, max_bytes, limit + 1)
+            for run_id, _ in doomed[:limit]:
+                self._db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+        with self._explained():
+            # It frees a page with each step, and `execute` takes one step only.
+            self._db.executescript(f"PRAGMA incremental_vacuum({_PAGES_FREED})")
+        return Pruned(
+            tuple(run_id for run_id, _ in doomed[:limit]),
+            sum(size for _, size in doomed[:limit]),
+            more=len(doomed) > limit,
+        )
+
+    def prunable(self, before_ms: int | None, max_bytes: int | None, limit: int) -> Pruned:
+        """What `prune` would forget."""
+        with self._explained():
+            doomed = self._doomed(before_ms, max_bytes, limit + 1)
+        return Pruned(
+            tuple(run_id for run_id, _ in doomed[:limit]),
+            sum(size for _, size in doomed[:limit]),
+            more=len(doomed) > limit,
+        )
+
+    def _doomed(
+        self, before_ms: int | None, max_bytes: int | None, limit: int
+    ) -> list[tuple[str, int]]:
+        """Runs to forget, oldest end first, with their sizes."""
+        over = 0
+        if max_bytes is not None:
+            total = self._db.execute("SELECT sum(bytes) FROM runs WHERE ended IS NOT NULL")
+            over = int(total.fetchone()[0] or 0) - max_bytes
+        doomed: list[tuple[str, int]] = []
+        rows = self._db.execute(
+            "SELECT id, bytes, ended FROM runs WHERE ended IS NOT NULL ORDER BY ended, id LIMIT ?",
+            (limit,),
+        )
+        for run_id, size, ended in rows:
+            if over <= 0 and (before_ms is None or ended >= before_ms):
+                break
+            doomed.append((run_id, size))
+            over -= size
+        return doomed
+
+    def add_to_session(self, session: str, body: str, limit: int) -> None:
+        """Append to a session; the oldest of more than `limit` are forgotten."""
+        with self._transaction():
+            row = self._db.execute("SELECT max(number) FROM sessions WHERE id = ?", (session,))
+            number = int(row.fetchone()[0] or 0) + 1
+            self._db.execute("INSERT INTO sessions VALUES (?, ?, ?)", (session, number, body))
+            self._db.execute(
+                "DELETE FROM sessions WHERE id = ? AND number <= ?", (session, number - limit)
+            )
+
     # -- questions -------------------------------------------------------------------------
 
     def run(self, run_id: str) -> RunState:
@@ -155,14 +215,16 @@ class JournalStore:
             raise NoSuchRun(f"no run {run_id}")
         return RunState.from_json(row[0].encode())
 
-    def runs(self, *, active: bool | None, limit: int) -> tuple[tuple[RunState, ...], int]:
+    def runs(
+        self, *, active: bool | None, limit: int, offset: int = 0
+    ) -> tuple[tuple[RunState, ...], int]:
         """The newest runs, and how many there are in all."""
         where = "" if active is None else f" WHERE active = {int(active)}"
         with self._explained():
             total = self._db.execute(f"SELECT count(*) FROM runs{where}").fetchone()[0]  # noqa: S608
             rows = self._db.execute(
-                f"SELECT state FROM runs{where} ORDER BY created DESC, id DESC LIMIT ?",  # noqa: S608 - no text of a caller's
-                (limit,),
+                f"SELECT state FROM runs{where} ORDER BY created DESC, id DESC LIMIT ? OFFSET ?",  # noqa: S608 - no text of a caller's
+                (limit, offset),
             ).fetchall()
         return tuple(RunState.from_json(row[0].encode()) for row in rows), total
 
@@ -197,6 +259,83 @@ class JournalStore:
             rows = self._db.execute(query + " ORDER BY seq LIMIT ?", (*values, limit)).fetchall()
         return tuple(RunEvent.model_validate_json(row[0]) for row in rows)
 
+    def raw_events(
+        self, run_id: str, *, after: int, limit: int, stream: str | None, max_bytes: int
+    ) -> tuple[list[str], int]:
+        """Events as they are kept, with a seq greater than `after`, in order, as many as
+        `max_bytes` hold but one at least; and the seq of the last. `stream` "*" is any stream."""
+        query = "SELECT seq, body FROM events WHERE run_id = ? AND seq > ?"
+        values: list[str | int] = [run_id, after]
+        if stream == "*":
+            query += " AND stream IS NOT NULL"
+        elif stream is not None:
+            query += " AND stream = ?"
+            values.append(stream)
+        bodies: list[str] = []
+        size, last = 0, after
+        with self._explained():
+            for seq, body in self._db.execute(query + " ORDER BY seq LIMIT ?", (*values, limit)):
+                size += len(body)
+                if bodies and size > max_bytes:
+                    break
+                bodies.append(body)
+                last = seq
+        return bodies, last
+
+    def seq_of(self, run_id: str, event_id: str) -> int | None:
+        """The seq of an event of a run; None where there is none of that id."""
+        with self._explained():
+            row = self._db.execute(
+                "SELECT seq FROM events WHERE run_id = ? AND event_id = ?", (run_id, event_id)
+            ).fetchone()
+        return None if row is None else int(row[0])
+
+    def artifact(self, run_id: str, stage: str, name: str) -> StoredArtifact | None:
+        """A file that is kept of a run."""
+        with self._explained():
+            row = self._db.execute(
+                f"SELECT {_ARTIFACT} FROM artifacts WHERE run_id = ? AND stage = ? AND name = ?",  # noqa: S608
+                (run_id, stage, name),
+            ).fetchone()
+        return None if row is None else _artifact(row)
+
+    def artifacts(self, run_id: str, limit: int) -> tuple[StoredArtifact, ...]:
+        """The files that are kept of a run."""
+        with self._explained():
+            rows = self._db.execute(
+                f"SELECT {_ARTIFACT} FROM artifacts WHERE run_id = ? ORDER BY stage, name LIMIT ?",  # noqa: S608
+                (run_id, limit),
+            ).fetchall()
+        return tuple(_artifact(row) for row in rows)
+
+    def unlisted(self, digests: Iterable[str]) -> tuple[str, ...]:
+        """Those of these contents that no run lists."""
+        with self._explained():
+            return tuple(
+                digest
+                for digest in digests
+                if self._db.execute(
+                    "SELECT 1 FROM artifacts WHERE digest = ? LIMIT 1", (digest,)
+                ).fetchone()
+                is None
+            )
+
+    def session(self, session: str) -> list[str]:
+        """What was said in a session, oldest first."""
+        with self._explained():
+            rows = self._db.execute(
+                "SELECT body FROM sessions WHERE id = ? ORDER BY number", (session,)
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        """How many runs there are of each status."""
+        with self._explained():
+            rows = self._db.execute(
+                "SELECT json_extract(state, '$.status'), count(*) FROM runs GROUP BY 1"
+            ).fetchall()
+        return {str(status): int(count) for status, count in rows}
+
     def stage_events(self, run_id: str) -> tuple[RunEvent, ...]:
         """All events of a run that tell of its stages, in order."""
         with self._explained():
@@ -211,25 +350,36 @@ class JournalStore:
     # -- inside ----------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._db.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
-        elif version != SCHEMA_VERSION:
+        version = prepare(self._db)
+        if version != SCHEMA_VERSION:
             raise JournalError(
                 f"{self._path} was written by another version of voidbus (schema {version}; this "
                 f"one has {SCHEMA_VERSION}); use that version, or another --state-dir"
             )
 
     def _insert(self, run_id: str, events: Iterable[RunEvent]) -> None:
+        rows = [
+            (run_id, event.seq, event.stream, event.model_dump_json(), event.event_id)
+            for event in events
+        ]
         self._db.executemany(
-            "INSERT INTO events (run_id, seq, stream, body) VALUES (?, ?, ?, ?)",
-            [(run_id, event.seq, event.stream, event.model_dump_json()) for event in events],
+            "INSERT INTO events (run_id, seq, stream, body, event_id) VALUES (?, ?, ?, ?, ?)", rows
         )
+        self._grow(run_id, sum(len(row[3]) for row in rows))
+
+    def _list(self, run_id: str, artifacts: Iterable[StoredArtifact]) -> None:
+        for each in artifacts:
+            known = self.artifact(run_id, each.stage, each.name)
+            self._db.execute(
+                "INSERT OR REPLACE INTO artifacts (run_id, stage, name, digest, size, media_type)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (run_id, each.stage, each.name, each.digest, each.size_bytes, each.media_type),
+            )
+            self._grow(run_id, each.size_bytes - (known.size_bytes if known else 0))
+
+    def _grow(self, run_id: str, size: int) -> None:
+        if size:
+            self._db.execute("UPDATE runs SET bytes = bytes + ? WHERE id = ?", (size, run_id))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -259,6 +409,16 @@ class JournalStore:
                 "database disk image is malformed": "move it away; it is damaged",
             }.get(text, "see the supervisor's log")
             raise JournalError(f"journal {self._path}: {text}; {remedy}") from error
+
+
+_ARTIFACT = "stage, name, digest, size, media_type"
+
+
+def _artifact(row: tuple[str, str, str, int, str]) -> StoredArtifact:
+    stage, name, digest, size, media_type = row
+    return StoredArtifact(
+        stage=stage, name=name, media_type=media_type, size_bytes=size, digest=digest
+    )
 
 
 def _with_last_seq(state: RunState, last_seq: int) -> RunState:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from voidbus.actors.messages.artifacts import StoredArtifact
 from voidbus.actors.messages.journal import Appended, AppendEvents, RunOutcome, RunProgress
 from voidbus.actors.messages.runs import RunEvent
 from voidbus.actors.runtime.actor import Actor
@@ -15,8 +16,8 @@ from voidbus.transport.message import Message
 
 log = logging.getLogger("voidbus.actors")
 
-# Events are gathered this long (seconds) into one batch: a follower sees them at once, a chatty
-# program costs fifty transactions a second and not five thousand.
+# Batches are at least this far apart (seconds): an event after a quiet time is sent at once, and a
+# chatty program costs fifty transactions a second and not five thousand.
 _GATHER_SECONDS = 0.02
 _BATCH_LIMIT = 500
 # A batch is one message, 4 MiB at most; an outcome's report may take 3 MiB of it.
@@ -54,7 +55,9 @@ class JournalWriter:
         self._outcome: RunOutcome | None = None
         self._retrying = False
         self._progress: RunProgress | None = None
+        self._artifacts: list[StoredArtifact] = []
         self._gathering = False
+        self._committed_at = 0.0
         self._sending = False
         self._closed = False
         self._on_flushed: Callable[[], None] | None = None
@@ -69,20 +72,28 @@ class JournalWriter:
         self._bytes += size
         if full and not self._retrying:
             self.commit()
-        elif not self._gathering:
+        else:
+            self._commit_soon()
+
+    def _commit_soon(self) -> None:
+        if not self._gathering:
             self._gathering = True
-            self._actor.after(_GATHER_SECONDS, self.commit)
+            since = self._actor.system.clock() - self._committed_at
+            self._actor.after(max(0.0, _GATHER_SECONDS - since), self.commit)
 
     def progress(self, progress: RunProgress) -> None:
         """Let the next batch carry this."""
         self._progress = progress
-        if not self._gathering:
-            self._gathering = True
-            self._actor.after(_GATHER_SECONDS, self.commit)
+        self._commit_soon()
+
+    def artifact(self, artifact: StoredArtifact) -> None:
+        """Let the next batch list this; the event that tells of it follows."""
+        self._artifacts.append(artifact)
 
     def commit(self, outcome: RunOutcome | None = None) -> None:
         """Spool what was gathered, and send. An outcome goes with the newest event."""
         self._gathering = False
+        self._committed_at = self._actor.system.clock()
         self._outcome = outcome or self._outcome
         if self._closed:
             return
@@ -102,13 +113,18 @@ class JournalWriter:
         if self._outcome is not None and len(events) > 1:
             self._spool.add(self._batch(events[:-1]))
             del events[:-1]
-        if events or self._progress or self._outcome:
-            batch = self._batch(events)
-            self._spool.add(
-                batch.model_copy(update={"progress": self._progress, "outcome": self._outcome})
+        if events or self._progress or self._artifacts or self._outcome:
+            batch = self._batch(events).model_copy(
+                update={
+                    "progress": self._progress,
+                    "artifacts": tuple(self._artifacts),
+                    "outcome": self._outcome,
+                }
             )
+            self._spool.add(batch)
             self._batches, self._bytes = [[]], 0
             self._progress = self._outcome = None
+            self._artifacts.clear()
 
     def _batch(self, events: list[RunEvent]) -> AppendEvents:
         return AppendEvents(run_id=self._run_id, generation=self._generation, events=tuple(events))

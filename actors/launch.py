@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from pydantic import ValidationError
 
 from voidbus.actors.event import EventMaker, timestamp
 from voidbus.actors.messages.runs import RunEvent, RunState, RunStatus, StartRun
-from voidbus.actors.workloads.make import UnsupportedRun, require_supported
 from voidbus.spec.environment import with_llm_overrides
 from voidbus.spec.loader import load_run_spec
 from voidbus.spec.policy import Policy
@@ -68,9 +68,10 @@ def prepare(request: StartRun, run_id: str) -> Launch:
         loaded = load_run_spec(Path(request.file))
         spec = with_llm_overrides(loaded.spec, os.environ)
         warnings = tuple(str(warning) for warning in loaded.warnings)
-        require_supported(spec)
+        if request.snapshot or spec.sandbox.snapshot:
+            warnings += ("there are no snapshots in this release; the machine boots cold",)
         select_machine(spec.sandbox.mode)
-    except (SpecError, UnsupportedRun, MachineError) as error:
+    except (SpecError, MachineError) as error:
         spec, problem = None, str(error)
     if problem is not None and request.strict:
         raise LaunchRefused(problem)
@@ -85,7 +86,7 @@ def prepare(request: StartRun, run_id: str) -> Launch:
         updated_at=timestamp(time.time_ns()),
         policy=policy,
     )
-    events = _first_events(state, spec, problem)
+    events = _first_events(state, spec, problem, warnings)
     return Launch(
         run_id, request.file, spec, problem, state, events, warnings, request.input, policy
     )
@@ -105,7 +106,7 @@ def _policy(given: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _first_events(
-    state: RunState, spec: RunSpec | None, problem: str | None
+    state: RunState, spec: RunSpec | None, problem: str | None, warnings: tuple[str, ...]
 ) -> tuple[RunEvent, ...]:
     """The events every run begins with, before anything is started."""
     maker = EventMaker(state.id, state.mode)
@@ -117,20 +118,26 @@ def _first_events(
         events.append(maker.make("spec.parse_failed", problem or "", level="warn"))
         return tuple(events)
     events.append(maker.make("run.spec.loaded", f"loaded {spec.kind} {spec.name}"))
+    events += [maker.make("spec.warning", warning, level="warn") for warning in warnings]
     if spec.workflow is not None:
         steps = [step.name for step in spec.workflow.steps]
         events.append(
             maker.make("workflow.planned", f"{len(steps)} steps planned", payload={"steps": steps})
         )
     elif spec.agent is not None:
-        for skill in spec.agent.skills:
-            kind, name = _describe_skill(skill)
-            events.append(
-                maker.make(
-                    "skill.mounted", f"skill {kind}:{name}", box=spec.name, skill=(kind, name)
-                )
-            )
+        events += _mounted(maker, spec.name, spec.agent.skills)
+    elif spec.pipeline is not None:
+        for box in spec.pipeline.boxes:
+            events.append(maker.make("box.started", f"box {box.name} planned", box=box.name))
+            events += _mounted(maker, box.name, box.skills)
     return tuple(events)
+
+
+def _mounted(maker: EventMaker, box: str, skills: Sequence[Skill]) -> list[RunEvent]:
+    return [
+        maker.make("skill.mounted", f"skill {kind}:{name}", box=box, skill=(kind, name))
+        for kind, name in map(_describe_skill, skills)
+    ]
 
 
 def _describe_skill(skill: Skill) -> tuple[str, str]:

@@ -110,10 +110,19 @@ def _ending(
     else:
         emit("run.failed", f"run failed: {reason}", level="error", payload=cleaned)
         outcome = RunOutcome(status=RunStatus.FAILED, error=reason, terminal_reason=reason)
+    # What a service has published stays published.
+    last = next((b.progress for b in reversed(batches) if b.progress), None)
+    published = last or RunProgress(
+        artifact_publication=state.artifact_publication,
+        output_ready=state.output_ready,
+        report=state.report,
+    )
     return AppendEvents(
         run_id=state.id,
         generation=state.generation,
         events=tuple(events),
-        progress=RunProgress(machine=state.machine, stage_states=stages.states),
-        outcome=outcome,
+        progress=published.model_copy(
+            update={"machine": state.machine, "stage_states": stages.states, "cancelling": False}
+        ),
+        outcome=outcome.model_copy(update={"report": published.report}),
     )

@@ -8,67 +8,64 @@ while the machine boots and while the supervisor is away.
 from __future__ import annotations
 
 import logging
-import signal
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, ClassVar
 
-from voidbus.actors.event import EventMaker
+from voidbus.actors.event import EventMaker, timestamp
+from voidbus.actors.fleet import Fleet, MakeVm
 from voidbus.actors.journal_writer import JournalWriter
-from voidbus.actors.messages.actor import Accepted, Done
+from voidbus.actors.messages.actor import Accepted
+from voidbus.actors.messages.artifacts import ArtifactPublication, StoredArtifact
 from voidbus.actors.messages.journal import RunOutcome, RunProgress
 from voidbus.actors.messages.machine import (
     ExecEnded,
     ExecOutput,
-    Execute,
-    GuestFile,
+    GuestFileChanged,
     MachineEnded,
     MachineReady,
-    ReadGuestFile,
     SidecarEventNoted,
     SidecarReady,
-    SignalExec,
-    StartMachine,
-    WriteGuestFile,
 )
 from voidbus.actors.messages.run_process import CancelWork
-from voidbus.actors.messages.runs import RunStatus
+from voidbus.actors.messages.runs import (
+    ReadConsole,
+    RunReport,
+    RunStatus,
+)
 from voidbus.actors.run_log import LOG_BYTES_LIMIT, RunLog
-from voidbus.actors.runtime.actor import Place, Timer, handles
+from voidbus.actors.runtime.actor import LATER, Place, Refuse, Timer, handles
 from voidbus.actors.runtime.policy import (
     ExitKind,
     ExitReason,
     StopAll,
     Strategy,
     SupervisorPolicy,
-    SupervisorStoppingError,
 )
 from voidbus.actors.runtime.supervisor import ChildSpec, Supervisor
 from voidbus.actors.sidecar import SidecarDesk
 from voidbus.actors.stages import StageTable
 from voidbus.actors.workloads.conductor import (
     ERROR_LIMIT,
-    Command,
-    Exit,
+    GuestMachine,
     Level,
+    MachineRequest,
     Verdict,
     Workload,
 )
+from voidbus.actors.workloads.publication import StageOutput, manifest_of, publish
 from voidbus.transport.delivery import Delivery
-from voidbus.transport.fault import Fault
+from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import Message
-from voidbus.vm.connect import connect_deadline
 
 log = logging.getLogger("voidbus.actors")
 
 RUN_PATH = "run"
-VM_PATH = "vm"
 SIDECAR_PATH = "sidecar"
 
-# Protocol, "Handshake": what a start may take beyond the deadline for the guest's answer (seconds).
-_ESTABLISH_SECONDS = 30.0
-_FILE_ASK_TIMEOUT = 40.0
 # The machine and the sidecar have this long to stop once nothing runs in them.
 _STOP_TIMEOUT = 10.0
 # How long the end of a run waits for the journal while the supervisor is there to take it, and
@@ -99,7 +96,8 @@ class Phase(Enum):
 
 
 class RunActor(Supervisor):
-    """One run. `make_workload(conductor, sidecar_url)` is called when the machine answers."""
+    """One run. `make_workload(conductor)` is called once the sidecar, if there is one, listens;
+    `make_vm` makes the VM actors of the machines the workload opens."""
 
     mailbox_limit = 1024
     # The sidecar's notices are few, and must not be refused while output fills the mailbox.
@@ -116,20 +114,18 @@ class RunActor(Supervisor):
         spool: Path,
         journal: str,
         run_generation: int,
-        make_workload: Callable[[RunActor, str | None], Workload],
+        make_vm: MakeVm,
+        make_workload: Callable[[RunActor], Workload],
+        machines_at_once: int,
         desk: SidecarDesk | None,
         default_grace: float,
         on_over: Callable[[], None],
         log_limit: int = LOG_BYTES_LIMIT,
     ) -> None:
-        # The VM actor is started when everything it is given is there: the sidecar's address.
-        super().__init__(place, POLICY, tuple(c for c in children if c.name != VM_PATH))
-        self._vm = next(child for child in children if child.name == VM_PATH)
-        self._machine_asked = False
+        super().__init__(place, POLICY, children)
         self.run_id = events.run_id
         self._events = events
         self._make_workload = make_workload
-        self._workload: Workload | None = None
         self._desk = desk
         self._default_grace = default_grace
         self._on_over = on_over
@@ -140,11 +136,18 @@ class RunActor(Supervisor):
         self._machine: str | None = None
         self._linked = False
         self._stages = StageTable()
+        self._outputs: list[StageOutput] = []
+        self._publication = ArtifactPublication()
+        self._report: RunReport | None = None  # of a service that has published
         self._log = RunLog(self._log_line, self._log_cut, log_limit)
-        self._exec_numbers = 0
-        self._execs: dict[
-            int, tuple[str, Callable[[str, bytes], None], Callable[[Exit], None]]
-        ] = {}
+        self._fleet = Fleet(
+            self,
+            make_vm,
+            at_once=machines_at_once,
+            on_ready=self._machine_ready,
+            on_changed=self._report_progress,
+            on_exec_end=self._log.flush,
+        )
         self._writer = JournalWriter(
             self,
             spool,
@@ -159,52 +162,41 @@ class RunActor(Supervisor):
     def on_start(self) -> None:
         super().on_start()
         if self._desk is None:
-            self._start_machine(None)
+            self._begin()
 
     @handles(SidecarReady)
     def on_sidecar_ready(self, message: SidecarReady, delivery: Delivery) -> None:
-        if self._phase is Phase.STARTING and not self._machine_asked:
-            self._start_machine(message.address)
+        self._fleet.sidecar = message.address
+        if self._phase is Phase.STARTING:
+            self._begin()
 
-    def _start_machine(self, sidecar: tuple[str, int] | None) -> None:
-        self._machine_asked = True
-        try:
-            self.add_child(self._vm)
-        except SupervisorStoppingError:
-            return  # the sidecar failed too often meanwhile
-        timeout = connect_deadline() + _ESTABLISH_SECONDS
-        self._ask_vm(
-            StartMachine(sidecar=sidecar, timeout=timeout),
-            self._machine_started,
-            timeout=timeout + 5.0,
-        )
-
-    def _machine_started(self, outcome: Message) -> None:
-        if self._phase is not Phase.STARTING:
-            return
-        if not isinstance(outcome, MachineReady):
-            self._give_up(f"the machine did not start: {_detail(outcome)}")
-            return
-        self._machine = outcome.machine
+    def _begin(self) -> None:
         self._phase = Phase.WORKING
-        self.emit(
-            "machine.started",
-            f"machine {outcome.machine} is up; isolation: {outcome.isolation}; {outcome.reason}",
-            level="warn" if outcome.isolation == "none" else "info",
-            payload={
-                "machine": outcome.machine,
-                "isolation": outcome.isolation,
-                "reason": outcome.reason,
-            },
-        )
-        for warning in outcome.warnings:
-            self.emit("machine.warning", f"the guest goes on without: {warning}", level="warn")
-        self._report_progress()
         try:
-            self._workload = self._make_workload(self, outcome.sidecar_url)
-            self._workload.begin()
+            self._make_workload(self).begin()
         except (OSError, ValueError) as error:  # a skill's file that can't be read
             self._give_up(f"the run could not begin: {error}")
+
+    def _machine_ready(self, request: MachineRequest, ready: MachineReady) -> None:
+        self._machine = ready.machine
+        self.emit(
+            "machine.started",
+            f"machine {ready.machine} is up; isolation: {ready.isolation}; {ready.reason}",
+            level="warn" if ready.isolation == "none" else "info",
+            payload={
+                "machine": ready.machine,
+                "isolation": ready.isolation,
+                "reason": ready.reason,
+            },
+            stage=request.stage,
+        )
+        for warning in ready.warnings:
+            self.emit(
+                "machine.warning",
+                f"the guest goes on without: {warning}",
+                level="warn",
+                stage=request.stage,
+            )
 
     # -- what the workload asks for (Conductor) --------------------------------------------
 
@@ -250,49 +242,47 @@ class RunActor(Supervisor):
     def _log_line(self, stage: str, stream: str, line: str) -> None:
         self.emit("log.chunk", line, stage=stage, stream=stream, payload={"data": line})
 
-    def execute(
+    def open_machine(
         self,
-        stage: str,
-        command: Command,
-        on_output: Callable[[str, bytes], None],
-        on_exit: Callable[[Exit], None],
+        request: MachineRequest,
+        on_ready: Callable[[GuestMachine], None],
+        on_lost: Callable[[str], None],
     ) -> None:
-        """Run a program on the machine."""
-        self._exec_numbers += 1
-        number = self._exec_numbers
-        self._execs[number] = (stage, on_output, on_exit)
-        execute = Execute(
-            number=number,
-            program=command.program,
-            args=command.args,
-            env=dict(command.env),
-            stdin=command.stdin,
-            timeout=command.timeout,
+        """Start a machine, as soon as the run may have one more."""
+        self._fleet.open(request, on_ready, on_lost)
+
+    def after_working(self, seconds: float, run: Callable[[], None]) -> None:
+        """Call `run` in `seconds`, unless the run has come to its end by then."""
+
+        def due() -> None:
+            if self._phase is Phase.WORKING:
+                run()
+
+        self.after(seconds, due)
+
+    def kept(self, artifact: StoredArtifact) -> None:
+        """List a file that is kept as this run's."""
+        self._writer.artifact(artifact)
+        self.emit(
+            "artifact.stored",
+            f"{artifact.name or 'the output file'} is kept",
+            payload=artifact.model_dump(),
+            stage=artifact.stage,
         )
 
-        def accepted(outcome: Message) -> None:
-            if isinstance(outcome, Fault):
-                self._exec_ended(number, Exit(-1, outcome.detail))
+    def stage_output(self, output: StageOutput) -> None:
+        """What a completed stage left; what it comes to is decided at the run's end."""
+        self._outputs.append(output)
 
-        self._ask_vm(execute, accepted, timeout=30.0)
-
-    def write_file(self, path: str, content: bytes, then: Callable[[str | None], None]) -> None:
-        """Write a file in the guest."""
-
-        def written(outcome: Message) -> None:
-            if self._phase is Phase.WORKING:
-                then(None if isinstance(outcome, Done) else _detail(outcome))
-
-        self._ask_vm(WriteGuestFile(path=path, content=content), written, _FILE_ASK_TIMEOUT)
-
-    def read_file(self, path: str, then: Callable[[bytes | None], None]) -> None:
-        """Read a file in the guest."""
-
-        def read(outcome: Message) -> None:
-            if self._phase is Phase.WORKING:
-                then(outcome.content if isinstance(outcome, GuestFile) else None)
-
-        self._ask_vm(ReadGuestFile(path=path), read, _FILE_ASK_TIMEOUT)
+    def publish_output(self, output: StageOutput, report: RunReport) -> None:
+        """Publish this now, while the run goes on."""
+        self._publication = ArtifactPublication(
+            status="published",
+            published_at=timestamp(time.time_ns()),
+            manifest=tuple(manifest_of(self.run_id, output)),
+        )
+        self._report = report
+        self._report_progress()
 
     def finish(self, verdict: Verdict) -> None:
         """The workload is over: stop everything, then record the outcome."""
@@ -300,35 +290,41 @@ class RunActor(Supervisor):
             self._verdict = verdict
             self._stop_children()
 
-    # -- what the machine says -------------------------------------------------------------
+    # -- what the machines say -------------------------------------------------------------
 
     @handles(ExecOutput)
     def on_exec_output(self, message: ExecOutput, delivery: Delivery) -> None:
-        found = self._execs.get(message.number)
-        if found is not None and self._phase in (Phase.WORKING, Phase.CANCELLING):
-            found[1](message.stream, message.data)
+        if self._phase in (Phase.WORKING, Phase.CANCELLING):
+            self._fleet.output(message)
 
     @handles(ExecEnded)
     def on_exec_ended(self, message: ExecEnded, delivery: Delivery) -> None:
-        self._exec_ended(
-            message.number, Exit(message.exit_code, message.error, message.duration_ms)
-        )
-
-    def _exec_ended(self, number: int, end: Exit) -> None:
-        found = self._execs.pop(number, None)
-        if found is None:
-            return
-        stage, _, on_exit = found
-        self._log.flush(stage)
-        if self._phase is Phase.WORKING:
-            on_exit(end)
-        elif self._phase is Phase.CANCELLING and not self._execs:
+        self._fleet.ended(message)
+        if self._phase is Phase.CANCELLING and not self._fleet.stages_running:
             self._stop_children()
+
+    @handles(GuestFileChanged)
+    def on_file_changed(self, message: GuestFileChanged, delivery: Delivery) -> None:
+        self._fleet.file_changed(delivery.sender.rpartition("/")[2], message.path)
 
     @handles(MachineEnded)
     def on_machine_ended(self, message: MachineEnded, delivery: Delivery) -> None:
         console = f"; its last words: {message.console.strip()}" if message.console else ""
-        self._give_up(f"the machine ended: {message.reason}{console}")
+        reason = f"the machine ended: {message.reason}{console}"
+        if self._phase is Phase.CANCELLING and self._fleet.up <= 1:
+            self._stop_children()
+        else:
+            self._fleet.machine_ended(delivery.sender.rpartition("/")[2], reason)
+
+    @handles(ReadConsole)
+    def on_read_console(self, message: ReadConsole, delivery: Delivery) -> object:
+        """Of the machine that was started last."""
+        path = self._fleet.newest
+        if path is None:
+            raise Refuse("no machine is up", FaultReason.NO_SUCH_ACTOR)
+        address = f"{self.system.node.name}/{path}"
+        self.ask(address, message, delivery.reply, timeout=5.0)
+        return LATER
 
     @handles(SidecarEventNoted)
     def on_sidecar_event(self, message: SidecarEventNoted, delivery: Delivery) -> None:
@@ -357,14 +353,12 @@ class RunActor(Supervisor):
         if self._phase not in (Phase.STARTING, Phase.WORKING):
             return
         self._cancel_reason = reason
-        nothing_runs = self._phase is Phase.STARTING or not self._execs
+        anything_runs = self._fleet.terminate()
         self._phase = Phase.CANCELLING
         self._report_progress()
-        if nothing_runs:
+        if not anything_runs:
             self._stop_children()
             return
-        for number in self._execs:
-            self._ask_vm(SignalExec(number=number, signal=signal.SIGTERM), lambda _: None, 10.0)
         seconds = self._default_grace if grace is None else grace
         self._grace_timer = self.after(seconds, self._stop_children)
 
@@ -377,8 +371,9 @@ class RunActor(Supervisor):
             self._stop_children()
 
     def child_ended(self, name: str, generation: int, reason: ExitReason) -> None:
-        if name == VM_PATH and reason.kind is ExitKind.FAULT:
-            self._give_up(f"the VM actor failed: {reason.detail}")
+        if name != SIDECAR_PATH:
+            fault = reason.detail if reason.kind is ExitKind.FAULT else None
+            self._fleet.child_ended(name, fault)
 
     def gave_up(self, reason: str) -> None:
         self._verdict = self._verdict or Verdict(False, None, f"the run's actors failed: {reason}")
@@ -402,14 +397,14 @@ class RunActor(Supervisor):
         if self._grace_timer is not None:
             self._grace_timer.cancel()
         self._phase = Phase.STOPPING
+        self._fleet.working = False
         self._happened(StopAll(self.system.clock() + _STOP_TIMEOUT))
 
     def all_stopped(self, detail: str) -> None:
         """The machine is gone: only now is the run over."""
         if self._phase is Phase.FLUSHING:
             return
-        for stage in {stage for stage, _, _ in self._execs.values()}:
-            self._log.flush(stage)
+        self._log.flush_all()
         self._phase = Phase.FLUSHING
         outcome = self._cancelled() if self._cancel_reason is not None else self._ended_by_itself()
         intents = tuple(self._desk.state.peek()) if self._desk is not None else ()
@@ -425,31 +420,58 @@ class RunActor(Supervisor):
     def _cancelled(self) -> RunOutcome:
         reason = self._cancel_reason or "run marked cancelled"
         self._end_stages("run cancelled")
+        self._decide_publication(None)
         self.emit("run.cancelled", f"run cancelled: {reason}", level="warn")
-        return RunOutcome(status=RunStatus.CANCELLED, terminal_reason=reason)
+        return RunOutcome(status=RunStatus.CANCELLED, terminal_reason=reason, report=self._report)
 
     def _ended_by_itself(self) -> RunOutcome:
-        verdict = self._verdict or Verdict(False, None, "the run stopped without a result")
+        verdict = self._decide_publication(
+            self._verdict or Verdict(False, None, "the run stopped without a result")
+        )
         error = (verdict.error or "execution reported unsuccessful result")[:ERROR_LIMIT]
         self._end_stages(error)
         self.emit("log.closed", "stdout stream closed", stream="stdout")
         if verdict.success:
             self.emit("run.finished", "run completed")
-            return RunOutcome(
-                status=RunStatus.SUCCEEDED, report=verdict.report, exit_code=verdict.exit_code
-            )
-        self.emit("run.failed", f"run failed: {error}", level="error")
+        else:
+            self.emit("run.failed", f"run failed: {error}", level="error")
         return RunOutcome(
-            status=RunStatus.FAILED,
-            error=error,
-            report=verdict.report,
+            status=RunStatus.SUCCEEDED if verdict.success else RunStatus.FAILED,
+            error=None if verdict.success else error,
+            terminal_reason=verdict.reason,
+            report=verdict.report or self._report,
             exit_code=verdict.exit_code,
+        )
+
+    def _decide_publication(self, verdict: Verdict | None) -> Verdict:
+        """The run's manifest; a run that succeeded without the output it owes has failed."""
+        verdict = verdict or Verdict(False, None)
+        if self._report is not None:  # a service's is out already
+            return verdict
+        published = publish(
+            self.run_id,
+            self._outputs,
+            required=verdict.requires_output,
+            stages_ran=self._stages.states is not None,
+            now=timestamp(time.time_ns()),
+        )
+        self._publication = published.publication
+        if published.error is None or not verdict.success:
+            return verdict
+        return replace(
+            verdict,
+            success=False,
+            error=published.error,
+            reason=published.code,
+            report=verdict.report and verdict.report.model_copy(update={"success": False}),
         )
 
     def _end_stages(self, error: str) -> None:
         """End the stages that the end of the run interrupts."""
-        for stage, state in self._workload.cancelled() if self._workload else []:
-            self._stages.cancel(self.emit, stage, state, error=error)
+        for stage in self._stages.running:
+            self._stages.cancel(self.emit, stage, "started", error=error)
+        for stage in self._stages.queued:
+            self._stages.cancel(self.emit, stage, "queued", error=error)
 
     def on_stop(self) -> None:
         self._writer.close()
@@ -467,19 +489,13 @@ class RunActor(Supervisor):
         return RunProgress(
             machine=self._machine,
             active_stage_count=self._stages.active,
-            active_microvm_count=int(
-                self._machine is not None and self._phase is not Phase.FLUSHING
-            ),
+            active_microvm_count=self._fleet.up,
             stage_states=self._stages.states,
+            artifact_publication=self._publication,
+            output_ready=self._report is not None,
+            report=self._report,
             cancelling=self._phase is Phase.CANCELLING,
         )
 
     def _report_progress(self) -> None:
         self._writer.progress(self._progress())
-
-    def _ask_vm(self, message: Message, then: Callable[[Message], None], timeout: float) -> None:
-        self.ask(f"{self.system.node.name}/{VM_PATH}", message, then, timeout=timeout)
-
-
-def _detail(outcome: Message) -> str:
-    return outcome.detail if isinstance(outcome, Fault) else f"unexpected {outcome.tag}"

@@ -46,6 +46,11 @@ class RunLog:
                 for line in self._splitters.pop((known, stream)).flush():
                     self._line(stage, stream, line)
 
+    def flush_all(self) -> None:
+        """Log what came without an end of line, of every stage."""
+        for stage in {stage for stage, _ in self._splitters}:
+            self.flush(stage)
+
     def _line(self, stage: str, stream: str, line: bytes) -> None:
         if self.cut:
             return

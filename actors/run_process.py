@@ -14,19 +14,22 @@ import signal
 import threading
 from pathlib import Path
 
+from voidbus.actors.artifact_store import ArtifactStore
 from voidbus.actors.event import EventMaker
+from voidbus.actors.fleet import VM_PATH
 from voidbus.actors.kept_intents import KeptState
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.run_process import RunConfig
 from voidbus.actors.messages.runs import run_node
-from voidbus.actors.run import RUN_PATH, SIDECAR_PATH, VM_PATH, RunActor
+from voidbus.actors.run import RUN_PATH, SIDECAR_PATH, RunActor
 from voidbus.actors.runtime.policy import ChildPolicy, Restart
 from voidbus.actors.runtime.process import current_identity
 from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
 from voidbus.actors.runtime.system import System
 from voidbus.actors.sidecar import SidecarActor, SidecarDesk
 from voidbus.actors.vm import VmActor
-from voidbus.actors.workloads.make import make_workload
+from voidbus.actors.workloads.conductor import MachineRequest
+from voidbus.actors.workloads.make import machines_at_once, make_workload
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec
 from voidbus.transport.leaf import Leaf
@@ -40,6 +43,7 @@ INTENTS_FILE = "intents.jsonl"
 LEASE_FILE = "leases.jsonl"
 LOG_FILE = "process.log"
 MACHINE_FOLDER = "machine"
+SHARES_FOLDER = "shares"
 ENTRY = "voidbus.actors.run_process:run"
 # What the zygote imports before it forks, so that every run process shares it.
 PRELOAD = ("voidbus.actors.run_process", "aiohttp.web")
@@ -97,15 +101,17 @@ class RunProcess:
             spool=self._directory / SPOOL_FILE,
             journal="supervisor/journal",
             run_generation=config.generation,
-            make_workload=lambda conductor, url: make_workload(
+            make_vm=self._vm_child,
+            make_workload=lambda conductor: make_workload(
                 self._spec,
                 conductor,
+                run_id=config.run_id,
                 host_env=os.environ,
                 input_text=config.input,
                 policy=self._policy,
-                sidecar_url=url,
                 base=Path(config.spec_name).parent,
             ),
+            machines_at_once=machines_at_once(self._policy),
             desk=desk,
             default_grace=(
                 self._policy.cancel_grace_period_secs if self._policy else _DEFAULT_GRACE
@@ -130,7 +136,8 @@ class RunProcess:
         self._system.stop(_STOP_TIMEOUT)
         self._leaf.close()
         self._leases.close()
-        shutil.rmtree(self._directory / MACHINE_FOLDER, ignore_errors=True)
+        for left in (*self._directory.glob(f"{MACHINE_FOLDER}*"), self._directory / SHARES_FOLDER):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _desk(self) -> SidecarDesk | None:
         agent = self._spec.agent
@@ -141,57 +148,74 @@ class RunProcess:
         return SidecarDesk(KeptState(kept, execution_id=run_id, candidate_id=run_id))
 
     def _children(self, desk: SidecarDesk | None) -> tuple[ChildSpec, ...]:
-        children = []
-        if desk is not None:
-            children.append(
-                actor_child(
-                    self._system,
-                    ChildPolicy(SIDECAR_PATH, Restart.TRANSIENT, stop_timeout=6.0),
-                    SidecarActor,
-                    desk,
-                    run_id=self._config.run_id,
-                    owner=RUN_PATH,
-                )
-            )
-        selection = select_machine(self._spec.sandbox.mode)
-        children.append(
+        if desk is None:
+            return ()
+        return (
             actor_child(
                 self._system,
-                ChildPolicy(VM_PATH, Restart.TEMPORARY, stop_timeout=8.0),
-                VmActor,
-                selection.machine,
-                self._machine_spec(),
+                ChildPolicy(SIDECAR_PATH, Restart.TRANSIENT, stop_timeout=6.0),
+                SidecarActor,
+                desk,
+                run_id=self._config.run_id,
                 owner=RUN_PATH,
-                telemetry="supervisor/telemetry",
-                leases=self._leases,
-                directory=self._directory,
-                reason=selection.reason,
-            )
+            ),
         )
-        return tuple(children)
 
-    def _machine_spec(self) -> MachineSpec:
-        sandbox = self._spec.sandbox
-        scratch = self._directory / MACHINE_FOLDER
+    def _vm_child(self, path: str, request: MachineRequest) -> ChildSpec:
+        """The VM actor of one machine. Raises OSError where there is no room for its files."""
+        selection = select_machine(request.sandbox.mode)
+        return actor_child(
+            self._system,
+            ChildPolicy(path, Restart.TEMPORARY, stop_timeout=8.0),
+            VmActor,
+            selection.machine,
+            self._machine_spec(path, request),
+            owner=RUN_PATH,
+            telemetry="supervisor/telemetry",
+            leases=self._leases,
+            directory=self._directory,
+            reason=selection.reason,
+            artifacts=ArtifactStore(Path(self._config.artifacts)),
+            stage=request.stage,
+        )
+
+    def _machine_spec(self, path: str, request: MachineRequest) -> MachineSpec:
+        sandbox = request.sandbox
+        # Sockets lie in it, whose paths may be 107 bytes long: no longer name than needed.
+        scratch = self._directory / path.replace(VM_PATH, MACHINE_FOLDER, 1)
         scratch.mkdir(mode=0o700, exist_ok=True)
         self._leases.path(scratch)
+        mounts = [
+            Mount(Path(mount.host).absolute(), mount.guest, mount.writable)
+            for mount in sandbox.mounts
+        ]
+        mounts += [
+            Mount(self._share(share.name), share.guest, share.writable) for share in request.shares
+        ]
         return MachineSpec(
             run_id=self._config.run_id,
-            name=self._spec.name,
+            name=request.stage or self._spec.name,
             memory_mb=sandbox.memory_mb,
             vcpus=sandbox.vcpus,
             network=sandbox.network,
             scratch=scratch,
             secret=secrets.token_bytes(32),
-            mounts=tuple(
-                Mount(Path(mount.host).absolute(), mount.guest, mount.writable)
-                for mount in sandbox.mounts
-            ),
+            mounts=tuple(mounts),
             kernel=None if sandbox.kernel is None else Path(sandbox.kernel),
             initramfs=None if sandbox.initramfs is None else Path(sandbox.initramfs),
             root=sandbox.image,
             host_ports=frozenset(sandbox.host_ports),
         )
+
+    def _share(self, name: str) -> Path:
+        """A directory that machines of this run share; it is made before the first of them."""
+        folder = self._directory / SHARES_FOLDER
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+            self._leases.path(folder)
+        share = folder / name
+        share.mkdir(mode=0o700, exist_ok=True)
+        return share
 
     def _link_changed(self, up: bool) -> None:
         run = self._run

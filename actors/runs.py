@@ -6,51 +6,45 @@ Each run process is a temporary child: a run that lost its process failed, it is
 from __future__ import annotations
 
 import logging
-import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from voidbus.actors.collector import Collector, detail_of
+from voidbus.actors.admission import Admission, Admitted
+from voidbus.actors.collector import Collector
 from voidbus.actors.console_door import ConsoleDoor
-from voidbus.actors.launch import Launch, LaunchRefused, prepare
-from voidbus.actors.messages.actor import Accepted, Done
+from voidbus.actors.launch import Launch
+from voidbus.actors.messages.actor import Accepted, Done, detail_of
 from voidbus.actors.messages.journal import (
     ActiveRuns,
-    Appended,
     CountRuns,
-    CreateRun,
     LoadActive,
     NodeJoined,
     ProcessExited,
     ProcessRecord,
-    RecordProcess,
     RunCount,
     RunEnded,
     RunsStopped,
     StopRuns,
 )
-from voidbus.actors.messages.run_process import CancelWork, RunConfig
+from voidbus.actors.messages.run_process import CancelWork
 from voidbus.actors.messages.runs import (
     CancelAccepted,
     CancelRun,
     InspectRun,
     ReadConsole,
-    RunAccepted,
     RunState,
     RunStatus,
     StartRun,
-    is_run_id,
     run_node,
 )
 from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
 from voidbus.actors.messages.telemetry import TrackRun
 from voidbus.actors.recovery import recover
 from voidbus.actors.run import RUN_PATH
-from voidbus.actors.run_process import ENTRY, LOG_FILE
 from voidbus.actors.run_record import RunRecord, grace_of
+from voidbus.actors.run_spawn import spawn_run
 from voidbus.actors.runtime.actor import LATER, Place, Refuse, handles
 from voidbus.actors.runtime.exit_watcher import ExitWatcher
 from voidbus.actors.runtime.policy import (
@@ -67,11 +61,10 @@ from voidbus.actors.runtime.spawned import SpawnedProcess, describe_returncode
 from voidbus.actors.runtime.spawner import Spawner
 from voidbus.actors.runtime.supervisor import Child, ChildSpec, Supervisor
 from voidbus.actors.sidecar_door import SidecarDoor, SidecarRequest
-from voidbus.transport.admission import token_digest
 from voidbus.transport.delivery import Delivery
-from voidbus.transport.fault import BusError, Fault, FaultReason
+from voidbus.transport.fault import BusError, FaultReason
 from voidbus.transport.hub import Hub
-from voidbus.transport.message import Message, Right
+from voidbus.transport.message import Message
 
 log = logging.getLogger("voidbus.actors")
 
@@ -98,6 +91,7 @@ class RunsSettings:
     """What the supervisor's configuration says about runs."""
 
     runs_dir: Path
+    artifacts_dir: Path
     max_parallel: int
     adoption_deadline: float
 
@@ -117,12 +111,19 @@ class Runs(Supervisor):
         self._spawner = spawner
         self._root = root
         self._runs: dict[str, RunRecord] = {}
-        self._starting: set[str] = set()
         self._loaded = False
         self._early: list[tuple[StartRun, Delivery]] = []
         self._early_exits: dict[ProcessIdentity, int | None] = {}
         self._adopted = 0
         self._stopping: StopRuns | None = None
+        self._admission = Admission(
+            self,
+            "supervisor/journal",
+            active=self._runs,
+            count_active=lambda: len(self._runs),
+            limit=settings.max_parallel,
+            on_admitted=self._admitted,
+        )
         self._watcher = ExitWatcher("run-processes")
         self._door = SidecarDoor(self, "supervisor/journal")
         self._console_door = ConsoleDoor(self, settings.runs_dir)
@@ -155,7 +156,7 @@ class Runs(Supervisor):
         self._hub.open_work()
         early, self._early = self._early, []
         for message, delivery in early:
-            self._begin(message, delivery)
+            self._admission.begin(message, delivery)
 
     def _adopt(self, state: RunState, process: ProcessRecord) -> None:
         """Take charge of a run that a supervisor before us started."""
@@ -213,126 +214,24 @@ class Runs(Supervisor):
     @handles(StartRun)
     def on_start_run(self, message: StartRun, delivery: Delivery) -> object:
         if self._loaded:
-            self._begin(message, delivery)
+            self._admission.begin(message, delivery)
         elif len(self._early) < 1000:
             self._early.append((message, delivery))
         else:
             raise Refuse("the supervisor is starting; try again", FaultReason.OVERLOADED)
         return LATER
 
-    def _begin(self, message: StartRun, delivery: Delivery) -> None:
-        refusal = self._start_refusal(message)
-        if refusal is not None:
-            delivery.fail(*refusal)
+    def _admitted(self, admitted: Admitted) -> None:
+        """A run is in the journal: start its process."""
+        launch, run_id = admitted.launch, admitted.launch.run_id
+        if launch.spec is None:
+            self._fail_unstarted(launch, admitted.state)
             return
-        if message.run_id is None:
-            self._load_spec(message, self._new_run_id(), delivery)
-            return
-        run_id = message.run_id
-
-        def looked_up(outcome: Message) -> None:
-            if isinstance(outcome, RunState):
-                self._answer_existing(outcome, delivery)
-            elif isinstance(outcome, Fault) and outcome.reason is FaultReason.NO_SUCH_ACTOR:
-                self._load_spec(message, run_id, delivery)
-            else:
-                delivery.fail(FaultReason.FAILED, detail_of(outcome))
-
-        self.ask("supervisor/journal", InspectRun(run_id=run_id), looked_up, timeout=_ASK_TIMEOUT)
-
-    def _start_refusal(self, message: StartRun) -> tuple[FaultReason, str] | None:
-        if self._stopping is not None:
-            return FaultReason.REFUSED, "the supervisor is stopping and takes no new runs"
-        if message.run_id is not None and not is_run_id(message.run_id):
-            return (
-                FaultReason.INVALID,
-                f"run id {message.run_id[:40]!r}: use 1 to 100 of A-Z a-z 0-9 . _ - only",
-            )
-        limit = self._settings.max_parallel
-        if len(self._runs) + len(self._starting) >= limit:
-            return (
-                FaultReason.OVERLOADED,
-                f"{limit} runs are active, as max_parallel_runs allows; wait, or raise it",
-            )
-        return None
-
-    @staticmethod
-    def _answer_existing(state: RunState, delivery: Delivery) -> None:
-        if state.status.terminal:
-            delivery.fail(
-                FaultReason.STALE, f"run {state.id} has already ended ({state.status.value})"
-            )
-        else:
-            delivery.reply(
-                RunAccepted(
-                    run_id=state.id,
-                    attempt_id=state.attempt_id,
-                    state=state.status,
-                    existing=True,
-                )
-            )
-
-    def _new_run_id(self) -> str:
-        number = time.time_ns() // 1_000_000
-        while f"run-{number}" in self._runs or f"run-{number}" in self._starting:
-            number += 1
-        return f"run-{number}"
-
-    def _load_spec(self, message: StartRun, run_id: str, delivery: Delivery) -> None:
-        if run_id in self._starting:
-            delivery.fail(FaultReason.STALE, f"run {run_id} is being started")
-            return
-        self._starting.add(run_id)
-
-        def loaded(outcome: Launch | Exception) -> None:
-            if isinstance(outcome, Launch):
-                self._create(outcome, delivery)
-                return
-            self._starting.discard(run_id)
-            known = isinstance(outcome, LaunchRefused)
-            if not known:
-                log.error("starting run %s: %s", run_id, outcome)
-            delivery.fail(FaultReason.INVALID if known else FaultReason.FAILED, str(outcome))
-
-        try:
-            self.work(lambda: prepare(message, run_id), loaded, name=f"load-{run_id}")
-        except Refuse:
-            # As many specifications are being read as may be; this one waits its turn.
-            self._starting.discard(run_id)
-            self.after(0.02, lambda: self._load_spec(message, run_id, delivery))
-
-    def _create(self, launch: Launch, delivery: Delivery) -> None:
-        """Journal the run; only then start anything."""
-        token = secrets.token_hex(32)
-        generation = self.next_generation()
-        digest = token_digest(token)
-        state = launch.state.model_copy(update={"generation": generation})
-        process = ProcessRecord(generation=generation, token_digest=digest.hex())
-
-        def created(outcome: Message) -> None:
-            self._starting.discard(launch.run_id)
-            if not isinstance(outcome, Appended):
-                delivery.fail(FaultReason.FAILED, f"the run was not started: {detail_of(outcome)}")
-                return
-            delivery.reply(
-                RunAccepted(
-                    run_id=launch.run_id,
-                    attempt_id=1,
-                    state=state.status,
-                    warnings=launch.warnings,
-                )
-            )
-            if launch.spec is None:
-                self._fail_unstarted(launch, state)
-                return
-            run = RunRecord(launch.run_id, generation, self._child(launch.run_id), grace_of(state))
-            self._runs[launch.run_id] = run
-            self._hub.expect(run_node(launch.run_id), digest, generation)
-            self.adopt_child(self._spec(run), generation, run.child)
-            self._spawn(run, launch, token)
-
-        create = CreateRun(state=state, process=process, events=launch.events)
-        self.ask("supervisor/journal", create, created, timeout=_ASK_TIMEOUT)
+        run = RunRecord(run_id, admitted.generation, self._child(run_id), grace_of(admitted.state))
+        self._runs[run_id] = run
+        self._hub.expect(run_node(run_id), admitted.digest, admitted.generation)
+        self.adopt_child(self._spec(run), admitted.generation, run.child)
+        self._spawn(run, admitted)
 
     def _fail_unstarted(self, launch: Launch, state: RunState) -> None:
         """A bad specification, journaled as the run that failed for it."""
@@ -344,51 +243,17 @@ class Runs(Supervisor):
         )
         self._collector.append(launch.run_id, recovered.batches, lambda: None)
 
-    def _spawn(self, run: RunRecord, launch: Launch, token: str) -> None:
-        directory = launch.directory(self._settings.runs_dir)
-        config = RunConfig(
-            run_id=run.run_id,
-            generation=run.generation,
-            token=token,
-            hub=self._hub.addresses[Right.WORK],
-            directory=str(directory),
-            spec=launch.spec_json,
-            spec_name=launch.file,
-            input=launch.input,
-            policy=launch.policy,
-            next_seq=len(launch.events),
-        )
-        digest = token_digest(token).hex()
-
-        def record(identity: ProcessIdentity) -> None:
-            """On the job's thread: the process does nothing until this has returned."""
-            process = ProcessRecord(
-                generation=run.generation,
-                token_digest=digest,
-                pid=identity.pid,
-                start_time=identity.start_time,
-            )
-            self._hub.ask(
-                f"{self._hub.name}/journal",
-                RecordProcess(run_id=run.run_id, process=process),
-                timeout=_ASK_TIMEOUT,
-            ).result()
+    def _spawn(self, run: RunRecord, admitted: Admitted) -> None:
+        settings = self._settings
+        directory = admitted.launch.directory(settings.runs_dir)
 
         def spawn() -> SpawnedProcess:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return self._spawner.spawn(
-                ENTRY,
-                config.model_dump_json().encode(),
-                log_path=directory / LOG_FILE,
-                title=f"voidbus-{run.run_id}"[:15],
-                record=record,
-                timeout=_SPAWN_TIMEOUT,
-            )
+            return spawn_run(self._spawner, self._hub, admitted, directory, settings.artifacts_dir)
 
         try:
             self.work(spawn, lambda outcome: self._spawned(run, outcome), name=run.run_id)
         except Refuse:
-            self.after(0.02, lambda: self._spawn(run, launch, token))
+            self.after(0.02, lambda: self._spawn(run, admitted))
 
     def _spawned(self, run: RunRecord, outcome: SpawnedProcess | Exception) -> None:
         if isinstance(outcome, Exception):
@@ -536,12 +401,13 @@ class Runs(Supervisor):
 
     @handles(CountRuns)
     def on_count(self, message: CountRuns, delivery: Delivery) -> RunCount:
-        return RunCount(active=len(self._runs) + len(self._starting), adopted=self._adopted)
+        return RunCount(active=len(self._runs) + len(self._admission), adopted=self._adopted)
 
     @handles(StopRuns)
     def on_stop_runs(self, message: StopRuns, delivery: Delivery) -> Done:
         first = self._stopping is None
         self._stopping = message
+        self._admission.closed = True
         if message.mode == "cancel":
             self._cancel_all(message.deadline)
         elif message.mode == "finish" and first:
@@ -562,7 +428,7 @@ class Runs(Supervisor):
     def _check_stopped(self) -> None:
         if self._stopping is None:
             return
-        active = len(self._runs) + len(self._starting)
+        active = len(self._runs) + len(self._admission)
         if self._stopping.mode == "leave" or not active:
             self.tell(self._root, RunsStopped(left=active))
 

@@ -104,7 +104,7 @@ def read_leftovers(path: Path, run_id: str, after: int) -> list[AppendEvents]:
                 fresh = tuple(event for event in batch.events if event.seq >= expected)
                 if fresh and fresh[0].seq != expected:
                     break
-                if fresh or batch.outcome is not None:
+                if fresh or batch.artifacts or batch.outcome is not None:
                     batches.append(batch.model_copy(update={"events": fresh}))
                     expected += len(fresh)
     except (OSError, ValueError, ValidationError):

@@ -22,6 +22,7 @@ class StageTable:
         self._queued: dict[str, None] = {}  # in their order
         self._groups: dict[str, str | None] = {}
         self._started_ms: dict[str, int] = {}
+        self._attempts: dict[str, int] = {}
 
     @property
     def active(self) -> int:
@@ -53,6 +54,8 @@ class StageTable:
         if event.event_type == "stage.started":
             self._states[stage] = StageState(status="running", started_at=event.timestamp)
             self._started_ms[stage] = event.ts_ms
+            attempt = (event.payload or {}).get("stage_attempt")
+            self._attempts[stage] = attempt if isinstance(attempt, int) else 1
         elif event.event_type in _ENDED:
             known = self._states.get(stage)
             self._states[stage] = StageState(
@@ -73,7 +76,7 @@ class StageTable:
                 "stage.skipped",
                 f"stage {stage} skipped",
                 level="warn",
-                payload={"reason": error, "stage_attempt": 1},
+                payload={"reason": error, "stage_attempt": self._attempts.get(stage, 1)},
                 stage=stage,
                 group=group,
             )
@@ -86,7 +89,7 @@ class StageTable:
                 "duration_ms": max(0, now_ms - self._started_ms.get(stage, now_ms)),
                 "exit_code": -1,
                 "error": error,
-                "stage_attempt": 1,
+                "stage_attempt": self._attempts.get(stage, 1),
             },
             stage=stage,
             group=group,

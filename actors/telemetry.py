@@ -38,9 +38,16 @@ class _Ring:
         self.samples: deque[Sample] = deque(maxlen=size)
         self.last = 0
 
-    def add(self, at_ms: int, *, guest: GuestSample | None, host: HostSample | None) -> Sample:
+    def add(
+        self,
+        at_ms: int,
+        *,
+        stage: str | None,
+        guest: GuestSample | None,
+        host: HostSample | None,
+    ) -> Sample:
         self.last += 1
-        sample = Sample(seq=self.last, timestamp_ms=at_ms, guest=guest, host=host)
+        sample = Sample(seq=self.last, timestamp_ms=at_ms, stage_name=stage, guest=guest, host=host)
         self.samples.append(sample)
         return sample
 
@@ -85,7 +92,7 @@ class Telemetry(Actor):
         if delivery.right is Right.WORK and node != f"run-{message.run_id}":
             raise Refuse(f"{node} may not report for run {message.run_id}")
         for at_ms, sample in message.samples[:_REPORT_LIMIT]:
-            self._record(message.run_id, at_ms, guest=sample)
+            self._record(message.run_id, at_ms, stage=message.stage_name, guest=sample)
         if not self._ticking or len(self._fresh[message.run_id]) >= _REPORT_LIMIT:
             self._publish_fresh(message.run_id)
 
@@ -124,6 +131,7 @@ class Telemetry(Actor):
         run_id: str,
         at_ms: int,
         *,
+        stage: str | None = None,
         guest: GuestSample | None = None,
         host: HostSample | None = None,
     ) -> None:
@@ -131,7 +139,8 @@ class Telemetry(Actor):
         if ring is None:
             ring = self._rings[run_id] = _Ring(self._ring_size)
             self._forget_old()
-        self._fresh.setdefault(run_id, []).append(ring.add(at_ms, guest=guest, host=host))
+        sample = ring.add(at_ms, stage=stage, guest=guest, host=host)
+        self._fresh.setdefault(run_id, []).append(sample)
 
     def _publish_fresh(self, run_id: str) -> None:
         samples = tuple(self._fresh.pop(run_id, ()))

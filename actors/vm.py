@@ -8,12 +8,14 @@ actor's mailbox is full, so that a flood slows its guest down and nobody else.
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+from voidbus.actors.artifact_store import ArtifactStore, media_type_of
 from voidbus.actors.console_file import keep_console
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.actor import Done
@@ -22,6 +24,9 @@ from voidbus.actors.messages.machine import (
     ExecOutput,
     Execute,
     GuestFile,
+    GuestFileChanged,
+    GuestFileMissing,
+    GuestFileStored,
     MachineEnded,
     MachineReady,
     MachineStopped,
@@ -29,6 +34,8 @@ from voidbus.actors.messages.machine import (
     SignalExec,
     StartMachine,
     StopMachine,
+    StoreGuestFile,
+    WatchGuestFile,
     WriteGuestFile,
 )
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole
@@ -41,7 +48,8 @@ from voidbus.transport.message import Message
 from voidbus.vm.channel import ExecCall, ExecHandle, ExecResult, GuestChannel
 from voidbus.vm.faults import ChannelFault
 from voidbus.vm.faults import FaultReason as ChannelFaultReason
-from voidbus.vm.guest.messages import TelemetryBatch
+from voidbus.vm.guest.file_messages import FileStat
+from voidbus.vm.guest.telemetry_messages import TelemetryBatch
 from voidbus.vm.machine import Lease, Machine, MachineExit, MachineSpec, StopStep
 
 log = logging.getLogger("voidbus.actors")
@@ -49,6 +57,9 @@ log = logging.getLogger("voidbus.actors")
 # How long a file request may take in the guest, and how long output may wait for the run actor.
 _FILE_TIMEOUT = 30.0
 _FORWARD_TIMEOUT = 10.0
+_WATCH_TIMEOUT = 10.0
+# A file that is kept is handed on too where it is this small (bytes): structured output is read.
+_LOOKED_AT = 4 * 1024 * 1024
 _OUTPUT_TIMEOUT = 60.0
 # A piece of output handed on at once (bytes). Guests send 4096; a hostile one may send 64 MiB, and
 # the run actor's mailbox counts messages.
@@ -73,7 +84,8 @@ _SAMPLES_A_REPORT = 5
 
 class VmActor(Actor):
     """One machine from start to stop. `owner` is the path of the run actor; the machine's console
-    is kept in `directory` when it has ended. `reason` says why it is of this kind."""
+    is kept in `directory` when it has ended. `reason` says why it is of this kind. `stage` is the
+    one stage the machine is for, if it is for one only. Files are kept in `artifacts`."""
 
     mailbox_limit = 256
     control: ClassVar[frozenset[type[Message]]] = frozenset({StopMachine, SignalExec})
@@ -89,8 +101,12 @@ class VmActor(Actor):
         leases: LeaseFile,
         directory: Path,
         reason: str,
+        artifacts: ArtifactStore,
+        stage: str | None = None,
     ) -> None:
         super().__init__(place)
+        self._artifacts = artifacts
+        self._stage = stage
         self._owner = owner
         self._telemetry = telemetry
         self._leases = leases
@@ -112,9 +128,10 @@ class VmActor(Actor):
         self._machine.kill()
         self._machine.close()
         try:
-            keep_console(self._directory, self._machine.console())
+            keep_console(self._directory, self._machine.console(), self._stage)
         except OSError as error:
             log.error("%s: the console was not kept: %s", self.path, error)
+        shutil.rmtree(self._spec.scratch, ignore_errors=True)
 
     def on_stop_request(self, timeout: float) -> None:
         grace = max(timeout / 2, timeout - _KILL_RESERVE)
@@ -294,6 +311,48 @@ class VmActor(Actor):
         self.work(lambda: channel.read_file(message.path, timeout=_FILE_TIMEOUT), read, name="read")
         return LATER
 
+    @handles(StoreGuestFile)
+    def on_store_file(self, message: StoreGuestFile, delivery: Delivery) -> object:
+        channel = self._require_channel()
+
+        def store() -> GuestFileStored | GuestFileMissing:
+            if not channel.file_stat(message.path, timeout=_FILE_TIMEOUT).exists:
+                return GuestFileMissing()
+            content = channel.read_file(message.path, timeout=_FILE_TIMEOUT)
+            if len(content) > message.limit:
+                raise Refuse(
+                    f"{message.path}: {len(content)} bytes are more than the {message.limit} that "
+                    "may still be kept of this run"
+                )
+            return GuestFileStored(
+                digest=self._artifacts.put(content),
+                size_bytes=len(content),
+                media_type=media_type_of(content),
+                content=content if len(content) <= _LOOKED_AT else None,
+            )
+
+        def stored(outcome: GuestFileStored | GuestFileMissing | Exception) -> None:
+            _answer(delivery, outcome, None if isinstance(outcome, Exception) else outcome)
+
+        self.work(store, stored, name="store")
+        return LATER
+
+    @handles(WatchGuestFile)
+    def on_watch_file(self, message: WatchGuestFile, delivery: Delivery) -> object:
+        channel = self._require_channel()
+        changed = GuestFileChanged(path=message.path)
+
+        def on_change(_: FileStat) -> None:
+            """On the channel's thread, twenty times a second at most."""
+            self.post(lambda: self._pass_on(changed))
+
+        self.work(
+            lambda: channel.watch_file(message.path, on_change, timeout=_WATCH_TIMEOUT),
+            lambda outcome: _answer(delivery, outcome, None),
+            name="watch",
+        )
+        return LATER
+
     def _require_channel(self) -> GuestChannel:
         if self._channel is None:
             raise Refuse("the machine is not up", FaultReason.FAILED)
@@ -312,7 +371,8 @@ class VmActor(Actor):
             samples, self._samples = tuple(self._samples), []
             self.post(
                 lambda: self.tell(
-                    self._telemetry, GuestSamples(run_id=self._spec.run_id, samples=samples)
+                    self._telemetry,
+                    GuestSamples(run_id=self._spec.run_id, stage_name=self._stage, samples=samples),
                 )
             )
 

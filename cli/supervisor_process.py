@@ -17,6 +17,8 @@ from types import FrameType
 
 import zmq
 
+from voidbus.actors.archive import Archive, Retention
+from voidbus.actors.artifact_store import ArtifactStore
 from voidbus.actors.event import timestamp
 from voidbus.actors.journal import Journal
 from voidbus.actors.messages.actor import ActorStuck, ActorWentOn, liveness_topic
@@ -55,6 +57,7 @@ HUB_NAME = "supervisor"
 DESCRIPTION_FILE = "supervisor.json"
 LOCK_FILE = "supervisor.lock"
 JOURNAL_FILE = "journal.sqlite"
+ARTIFACTS_FOLDER = "artifacts"
 # The actors have this long (seconds) to come up; a journal that can't be opened ends it sooner.
 _START_SECONDS = 15.0
 
@@ -223,6 +226,7 @@ class _Tree:
 
         settings = RunsSettings(
             runs_dir=self._state_dir / "runs",
+            artifacts_dir=self._state_dir / ARTIFACTS_FOLDER,
             max_parallel=config.max_parallel_runs,
             adoption_deadline=config.adoption_deadline_secs,
         )
@@ -240,6 +244,14 @@ class _Tree:
                 Telemetry,
                 interval=config.telemetry.interval_secs,
                 ring_size=config.telemetry.buffer_size,
+            ),
+            actor_child(
+                system,
+                permanent("archive"),
+                Archive,
+                ArtifactStore(settings.artifacts_dir),
+                settings.runs_dir,
+                _retention(config),
             ),
             actor_child(
                 system,
@@ -310,6 +322,11 @@ class _Tree:
     def _undescribe(self) -> None:
         with contextlib.suppress(OSError):
             (self._state_dir / DESCRIPTION_FILE).unlink()
+
+
+def _retention(config: SupervisorConfig) -> Retention:
+    days = config.retention.max_age_days
+    return Retention(None if days is None else days * 86_400, config.retention.max_bytes)
 
 
 def _log_liveness(publication: Publication) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from voidbus.spec.document import format_of, parse_document, read_bytes
 from voidbus.spec.model import ConfigModel
 from voidbus.spec.node import Node, mapping
+from voidbus.spec.policy import U64_MAX
 from voidbus.spec.problem import Location, Position, Problem, SpecError, field_path, nearest
 from voidbus.spec.scalar import resolve
 from voidbus.spec.validation import validate
@@ -50,6 +51,32 @@ class RemoteConfig(ConfigModel):
     keys: PathText | None = None
 
 
+Listen = Annotated[str, Field(pattern=r"^(unix://\S+|tcp://\S+|off|[0-9.]+:[0-9]{1,5})$")]
+
+
+class ApiConfig(ConfigModel):
+    """The HTTP API. `listen` is `unix:///PATH`, `tcp://IP:PORT`, or `off`; None is the first usable
+    of $XDG_RUNTIME_DIR/voidbox.sock, $TMPDIR/voidbox-UID.sock and /tmp/voidbox-UID.sock, where
+    clients look for it. `also_listen` is a second address. `token_file` holds the bearer token
+    of TCP. `tls_certificate` and `tls_key` are PEM files; without them an address that is not of
+    the loopback is refused, unless `plain_http` says that the network is trusted."""
+
+    listen: Listen | None = None
+    also_listen: Listen | None = None
+    token_file: PathText | None = None
+    tls_certificate: PathText | None = None
+    tls_key: PathText | None = None
+    plain_http: bool = False
+
+
+class RetentionConfig(ConfigModel):
+    """How long ended runs are kept: `max_age_days` after their end, and the oldest go when all take
+    up more than `max_bytes`. None keeps them."""
+
+    max_age_days: Annotated[float, BeforeValidator(_number), Field(ge=0, le=36_500)] | None = None
+    max_bytes: Annotated[int, Field(ge=0, le=U64_MAX)] | None = None
+
+
 class LogConfig(ConfigModel):
     """What the supervisor logs, and how."""
 
@@ -65,7 +92,9 @@ class SupervisorConfig(ConfigModel):
     stop_deadline_secs: PositiveSeconds = 30.0
     adoption_deadline_secs: PositiveSeconds = 10.0
     telemetry: TelemetryConfig = TelemetryConfig()
+    api: ApiConfig = ApiConfig()
     remote: RemoteConfig = RemoteConfig()
+    retention: RetentionConfig = RetentionConfig()
     log: LogConfig = LogConfig()
 
 

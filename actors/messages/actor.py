@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from voidbus.transport.fault import Fault
 from voidbus.transport.message import Message, Right
 
 
@@ -90,3 +91,8 @@ class ActorWentOn(Message, tag="actor.went_on"):
 
 def liveness_topic(node: str) -> str:
     return f"{node}/liveness"
+
+
+def detail_of(outcome: Message) -> str:
+    """Why an ask did not get the reply it wanted."""
+    return outcome.detail if isinstance(outcome, Fault) else f"unexpected {outcome.tag}"

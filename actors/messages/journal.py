@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from voidbus.actors.messages.artifacts import ArtifactPublication, StoredArtifact
 from voidbus.actors.messages.runs import RunEvent, RunReport, RunState, RunStatus, StageState
 from voidbus.sidecar.model import Intent
 from voidbus.transport.message import Message, Right
@@ -14,12 +15,16 @@ class _Part(BaseModel):
 
 
 class RunProgress(_Part):
-    """The parts of a run's state that its process keeps."""
+    """The parts of a run's state that its process keeps. `report` is that of a service which has
+    published; other runs have theirs at the end."""
 
     machine: str | None = None
     active_stage_count: int = 0
     active_microvm_count: int = 0
     stage_states: dict[str, StageState] | None = None
+    artifact_publication: ArtifactPublication = ArtifactPublication()
+    output_ready: bool = False
+    report: RunReport | None = None
     cancelling: bool = False
 
 
@@ -62,7 +67,8 @@ class RecordProcess(Message, tag="journal.record_process"):
 
 
 class AppendEvents(Message, tag="journal.append_events", right=Right.WORK):
-    """Append events to a run, and with them its progress or its outcome, all or nothing.
+    """Append events to a run, and with them its progress, files that are kept of it, or its
+    outcome: all or nothing.
 
     Events the journal has already are skipped, so a batch may be sent again. A batch that would
     leave a gap is refused. `generation` must be the run's; a run that has ended takes no more.
@@ -72,6 +78,7 @@ class AppendEvents(Message, tag="journal.append_events", right=Right.WORK):
     generation: int
     events: tuple[RunEvent, ...] = Field(max_length=1000)
     progress: RunProgress | None = None
+    artifacts: tuple[StoredArtifact, ...] = ()
     outcome: RunOutcome | None = None
 
 
@@ -157,3 +164,33 @@ class RunCount(Message, tag="runs.counted"):
 
     active: int
     adopted: int
+
+
+class PruneRuns(Message, tag="journal.prune"):
+    """Forget the runs that ended before `before_ms` (milliseconds since the epoch), and the oldest
+    until those that have ended take up `max_bytes` at most; a few at a time. With `dry_run`
+    nothing is forgotten."""
+
+    before_ms: int | None = None
+    max_bytes: int | None = None
+    dry_run: bool = False
+
+
+class RunsPruned(Message, tag="journal.pruned"):
+    """Runs that were forgotten, and what they took up; `more`: ask again."""
+
+    runs: tuple[str, ...]
+    size_bytes: int
+    more: bool
+
+
+class FindUnlisted(Message, tag="journal.find_unlisted"):
+    """Which of these contents does no run list?"""
+
+    digests: tuple[str, ...] = Field(max_length=1000)
+
+
+class Unlisted(Message, tag="journal.unlisted"):
+    """Contents that nobody wants."""
+
+    digests: tuple[str, ...]

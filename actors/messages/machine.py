@@ -81,6 +81,40 @@ class GuestFile(Message, tag="machine.file"):
     content: bytes
 
 
+class StoreGuestFile(Message, tag="machine.store_file"):
+    """Keep a file of the guest's, of `limit` bytes at most. Answered by GuestFileStored, or
+    GuestFileMissing where there is none."""
+
+    path: str
+    limit: int
+
+
+class GuestFileStored(Message, tag="machine.file_stored"):
+    """The file is kept: the SHA-256 of its content, its size, and what it is where that is small
+    enough to be looked at."""
+
+    digest: str
+    size_bytes: int
+    media_type: str
+    content: bytes | None = None
+
+
+class GuestFileMissing(Message, tag="machine.file_missing"):
+    """There is no such file in the guest."""
+
+
+class WatchGuestFile(Message, tag="machine.watch_file"):
+    """Tell of a file whenever it is complete anew, by GuestFileChanged. Answered by Done."""
+
+    path: str
+
+
+class GuestFileChanged(Message, tag="machine.file_changed"):
+    """A watched file is there, written to its end. Told once for several changes at once."""
+
+    path: str
+
+
 class StopMachine(Message, tag="machine.stop"):
     """Stop the machine within `grace` seconds. Answered by MachineStopped when it is gone."""
 

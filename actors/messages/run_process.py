@@ -11,7 +11,7 @@ class RunConfig(BaseModel):
     """Everything a run process needs; handed over in memory, for it holds secrets.
 
     `spec` is the run specification as JSON, `hub` the URL of the work endpoint, `directory` the
-    run's own on the host.
+    run's own on the host, `artifacts` the folder of files that are kept.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -21,6 +21,7 @@ class RunConfig(BaseModel):
     token: str = Field(repr=False)
     hub: str
     directory: str
+    artifacts: str
     spec: str = Field(repr=False)
     spec_name: str
     input: str | None = Field(default=None, repr=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from voidbus.actors.messages.artifacts import ArtifactPublication
 from voidbus.transport.message import Message, Right
 
 
@@ -82,6 +83,8 @@ class RunState(Message, tag="run.state"):
     policy: dict[str, Any] | None = None
     terminal_event_id: str | None = None
     stage_states: dict[str, StageState] | None = None
+    artifact_publication: ArtifactPublication = ArtifactPublication()
+    output_ready: bool = False
     last_seq: int = -1
     generation: int = 0
     run_process: int | None = None
@@ -117,12 +120,14 @@ class StartRun(Message, tag="runs.start", right=Right.OPERATE, changes=True):
 
     Answered by RunAccepted once the run is journaled. With `strict`, a bad specification is
     refused with what is wrong in it; without, it becomes a run that fails with the same words.
+    `snapshot` is accepted; the machine boots cold, and an event says so.
     """
 
     file: str
     input: str | None = None
     run_id: str | None = None
     policy: dict[str, Any] | None = None
+    snapshot: str | None = None
     strict: bool = True
 
 
@@ -156,10 +161,12 @@ class CancelAccepted(Message, tag="runs.cancel_accepted"):
 
 
 class ListRuns(Message, tag="runs.list", right=Right.OBSERVE):
-    """The runs, newest first, with the first 1000 characters of their output. Ask the journal."""
+    """The runs, newest first, with the first 1000 characters of their output, those after the first
+    `offset`. Ask the journal."""
 
     state: Literal["active", "terminal"] | None = None
     limit: int = Field(default=1000, ge=1, le=1000)
+    offset: int = Field(default=0, ge=0)
 
 
 class RunList(Message, tag="runs.listed"):
@@ -191,6 +198,40 @@ class EventPage(Message, tag="runs.events"):
     events: tuple[RunEvent, ...]
     last_seq: int
     ended: bool
+
+
+class ReadRawEvents(Message, tag="runs.read_raw_events", right=Right.OBSERVE):
+    """Events of a run as they are kept: those with a seq greater than `after`, or those behind the
+    event whose id is `after_id` (all, where there is none of that id). `stream` "*" are those of
+    any stream: the log."""
+
+    run_id: str
+    after: int = -1
+    after_id: str | None = None
+    limit: int = Field(default=1000, ge=1, le=1000)
+    stream: str | None = None
+    with_state: bool = False
+
+
+class RawEvents(Message, tag="runs.raw_events"):
+    """The reply's attachment has the events as JSON, a line each; a second one the run's state as
+    JSON, where it was asked for. `last` is the seq of the last of the events, `last_seq` that of
+    the newest the journal has; `ended`: no more will come."""
+
+    run_id: str
+    last: int
+    last_seq: int
+    ended: bool
+
+
+class CountRunStates(Message, tag="runs.count_states", right=Right.OBSERVE):
+    """How many runs are there of each status? Ask the journal."""
+
+
+class RunStateCounts(Message, tag="runs.state_counts"):
+    """Runs by status; those of none are left out."""
+
+    counts: dict[str, int]
 
 
 class EventPublished(Message, tag="runs.event"):

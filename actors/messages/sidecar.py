@@ -5,6 +5,18 @@ from __future__ import annotations
 from voidbus.sidecar.model import InboxEntry, InboxSnapshot, Intent
 from voidbus.transport.message import Message, Right
 
+__all__ = [
+    "InboxEntry",
+    "InboxSnapshot",
+    "InspectSidecar",
+    "Intent",
+    "IntentList",
+    "PushMessage",
+    "PutInbox",
+    "ReadIntents",
+    "SidecarState",
+]
+
 
 class PutInbox(Message, tag="sidecar.put_inbox", right=Right.OPERATE, changes=True):
     """Replace a run's inbox. Answered by SidecarState."""

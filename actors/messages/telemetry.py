@@ -59,9 +59,11 @@ class TelemetryPage(Message, tag="telemetry.page"):
 
 
 class GuestSamples(Message, tag="telemetry.guest_samples", right=Right.WORK):
-    """A run process hands in what its guest reported: (milliseconds since the epoch, sample)."""
+    """A run process hands in what its guest reported: (milliseconds since the epoch, sample).
+    `stage_name` is the stage the machine is for, where it is for one only."""
 
     run_id: str
+    stage_name: str | None = None
     samples: tuple[tuple[int, GuestSample], ...]
 
 

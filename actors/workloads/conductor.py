@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from voidbus.actors.messages.artifacts import StoredArtifact
 from voidbus.actors.messages.runs import RunReport
+from voidbus.actors.workloads.publication import StageOutput
+from voidbus.spec.run import SandboxSpec
 
 Level = Literal["info", "warn", "error"]
 
@@ -38,12 +41,79 @@ class Exit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the workload came out: its report, or why there is none."""
+    """How the workload came out: its report, or why there is none. `requires_output`: the run is
+    a failure unless its stages published structured output. `reason` is its terminal reason."""
 
     success: bool
     report: RunReport | None
     error: str | None = None
     exit_code: int | None = None
+    requires_output: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A directory that machines of one run share, by its name in that run."""
+
+    name: str
+    guest: str
+    writable: bool
+
+
+@dataclass(frozen=True)
+class MachineRequest:
+    """A machine a workload wants. `stage` is the one stage it is for, None for all of the run;
+    `messaging`: its programs reach the run's sidecar."""
+
+    sandbox: SandboxSpec
+    stage: str | None = None
+    shares: tuple[Share, ...] = ()
+    messaging: bool = False
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """A file of a guest's that is kept. `content` is there unless it is too large to look at."""
+
+    digest: str
+    size_bytes: int
+    media_type: str
+    content: bytes | None
+
+
+class GuestMachine(Protocol):
+    """One machine that answers. Every callback comes later, and none once it is closed or lost."""
+
+    @property
+    def sidecar_url(self) -> str | None:
+        """How its programs reach the run's sidecar, where they may."""
+
+    def execute(
+        self,
+        stage: str,
+        command: Command,
+        on_output: Callable[[str, bytes], None],
+        on_exit: Callable[[Exit], None],
+    ) -> None:
+        """Run a program; `on_output` gets (stream, bytes) as they come."""
+
+    def write_file(self, path: str, content: bytes, then: Callable[[str | None], None]) -> None:
+        """Write a file in the guest; `then` gets the error, or None."""
+
+    def keep_file(
+        self, path: str, limit: int, then: Callable[[KeptFile | str | None], None]
+    ) -> None:
+        """Keep a file of the guest's, of `limit` bytes at most. `then` gets None where there is
+        none, and a text that says why where it could not be kept."""
+
+    def watch_file(
+        self, path: str, on_change: Callable[[], None], on_failed: Callable[[str], None]
+    ) -> None:
+        """Call `on_change` whenever the file is complete anew, and at once where it is."""
+
+    def close(self) -> None:
+        """Stop it; nothing runs in it that is still wanted."""
 
 
 class Conductor(Protocol):
@@ -65,35 +135,37 @@ class Conductor(Protocol):
     def log(self, stage: str, stream: str, data: bytes) -> None:
         """Record output of a stage, line by line."""
 
-    def execute(
+    def open_machine(
         self,
-        stage: str,
-        command: Command,
-        on_output: Callable[[str, bytes], None],
-        on_exit: Callable[[Exit], None],
+        request: MachineRequest,
+        on_ready: Callable[[GuestMachine], None],
+        on_lost: Callable[[str], None],
     ) -> None:
-        """Run a program; `on_output` gets (stream, bytes) as they come."""
+        """Start a machine, as soon as the run may have one more. `on_lost` is called, with the
+        reason, when it does not start or ends by itself."""
 
-    def write_file(self, path: str, content: bytes, then: Callable[[str | None], None]) -> None:
-        """Write a file in the guest; `then` gets the error, or None."""
+    def after_working(self, seconds: float, run: Callable[[], None]) -> None:
+        """Call `run` in `seconds`, unless the run has come to its end by then."""
 
-    def read_file(self, path: str, then: Callable[[bytes | None], None]) -> None:
-        """Read a file in the guest; `then` gets None where there is none."""
+    def kept(self, artifact: StoredArtifact) -> None:
+        """List a file that is kept as this run's."""
+
+    def stage_output(self, output: StageOutput) -> None:
+        """What a completed stage left; what it comes to is decided at the run's end."""
+
+    def publish_output(self, output: StageOutput, report: RunReport) -> None:
+        """Publish this now, while the run goes on."""
 
     def finish(self, verdict: Verdict) -> None:
         """The workload is over."""
 
 
 class Workload(ABC):
-    """What a run does. `begin` is called once the machine answers."""
+    """What a run does."""
 
     @abstractmethod
     def begin(self) -> None:
         """Start."""
-
-    @abstractmethod
-    def cancelled(self) -> list[tuple[str, str]]:
-        """The stages that the cancel ends: (stage, `started` or `queued`), in order."""
 
 
 # What is kept of a program's output for pipes and reports (bytes); the log has its own limit.

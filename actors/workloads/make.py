@@ -2,95 +2,223 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from voidbus.actors.messaging_skill import MESSAGING_SKILL, MESSAGING_SKILL_NAME
 from voidbus.actors.workloads.agent import AgentTask
-from voidbus.actors.workloads.conductor import Conductor, Workload
+from voidbus.actors.workloads.agent_program import (
+    DEFAULT_AGENT_TIMEOUT,
+    DEFAULT_OUTPUT_FILE,
+    AgentSettings,
+)
+from voidbus.actors.workloads.conductor import (
+    Conductor,
+    MachineRequest,
+    Share,
+    Workload,
+    first_timeout,
+)
+from voidbus.actors.workloads.output import OutputCollector
+from voidbus.actors.workloads.pipeline import BoxPlan, Pipeline, stages_of
 from voidbus.actors.workloads.sandbox import Sandbox
-from voidbus.actors.workloads.workflow import Workflow
+from voidbus.actors.workloads.service import AgentService
+from voidbus.actors.workloads.workflow import STEPS_AT_ONCE, Workflow
 from voidbus.spec.environment import resolve_env
 from voidbus.spec.policy import Policy
-from voidbus.spec.run import RunSpec
-from voidbus.spec.skill import InlineSkill, ReferenceSkill
+from voidbus.spec.run import AgentSpec, BoxSpec, LlmSpec, PipelineSpec, RunSpec, SandboxSpec
+from voidbus.spec.skill import InlineSkill, ReferenceSkill, Skill
 
 # The program an agent run starts; Codex and others come with their providers.
 _AGENT_PROGRAM = "claude-code"
 _SKILL_LIMIT = 1024 * 1024
+# Machines of one run at once, in a run without a policy.
+DEFAULT_MACHINES_AT_ONCE = 4
 
 
-class UnsupportedRun(Exception):
-    """A valid specification that this release does not run; the text says what to use instead."""
-
-
-def require_supported(spec: RunSpec) -> None:
-    """Raises UnsupportedRun for a kind or mode this release does not run."""
-    if spec.kind == "pipeline":
-        raise UnsupportedRun(
-            "kind: pipeline is not run by this release; use kind: workflow, or one run for each box"
-        )
-    if spec.agent is not None and spec.agent.mode == "service":
-        raise UnsupportedRun("agent mode: service is not run by this release; use mode: task")
+def machines_at_once(policy: Policy | None) -> int:
+    """How many machines a run may have at the same time."""
+    return policy.max_parallel_microvms_per_run if policy else DEFAULT_MACHINES_AT_ONCE
 
 
 def make_workload(
     spec: RunSpec,
     conductor: Conductor,
     *,
+    run_id: str,
     host_env: Mapping[str, str],
     input_text: str | None,
     policy: Policy | None,
-    sidecar_url: str | None,
     base: Path = Path(),
 ) -> Workload:
-    """The workload of a specification that `require_supported` let pass.
+    """The workload of a specification. `base` is its folder: relative paths in it start there.
 
-    `base` is the specification's folder: relative paths in it start there.
+    Raises OSError, ValueError for a skill's file that can't be read.
     """
-    env = dict(resolve_env(spec.sandbox.env, host_env))
-    if sidecar_url is not None:
-        env["VOID_SIDECAR_URL"] = sidecar_url
-    stage_timeout = policy.stage_timeout_secs if policy is not None else None
+    maker = _Maker(spec, conductor, run_id, host_env, input_text, policy, base)
     if spec.workflow is not None:
+        return maker.workflow()
+    if spec.agent is not None:
+        return maker.agent(spec.agent)
+    if spec.pipeline is not None:
+        return maker.pipeline(spec.pipeline)
+    # Of this kind the variables are not resolved.
+    return Sandbox(conductor, MachineRequest(spec.sandbox), dict(spec.sandbox.env))
+
+
+class _Maker:
+    """What the kinds have in common."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        conductor: Conductor,
+        run_id: str,
+        host_env: Mapping[str, str],
+        input_text: str | None,
+        policy: Policy | None,
+        base: Path,
+    ) -> None:
+        self._spec = spec
+        self._conductor = conductor
+        self._host_env = host_env
+        self._input = input_text
+        self._base = base
+        self._retries = policy.max_stage_retries if policy is not None else 0
+        self._stage_timeout = policy.stage_timeout_secs if policy is not None else None
+        self._at_once = policy.max_parallel_microvms_per_run if policy is not None else None
+        self._outputs = OutputCollector(conductor, run_id)
+
+    def workflow(self) -> Workload:
+        spec = self._spec
+        assert spec.workflow is not None
         return Workflow(
             spec.name,
             spec.workflow,
-            conductor,
-            env=env,
-            input_text=input_text,
-            stage_timeout=stage_timeout,
+            self._conductor,
+            machine=MachineRequest(spec.sandbox),
+            outputs=self._outputs,
+            env=resolve_env(spec.sandbox.env, self._host_env),
+            input_text=self._input,
+            stage_timeout=self._stage_timeout,
+            retries=self._retries,
+            # Steps share a machine; the cap bounds what the run does side by side all the same.
+            at_once=self._at_once if self._at_once is not None else STEPS_AT_ONCE,
         )
-    if spec.agent is not None:
-        llm = spec.llm
-        if (llm is None or llm.provider == "claude") and host_env.get("ANTHROPIC_API_KEY"):
-            env.setdefault("ANTHROPIC_API_KEY", host_env["ANTHROPIC_API_KEY"])
-        takes_model = llm is not None and llm.provider not in ("claude", "claude-personal", "codex")
+
+    def agent(self, agent: AgentSpec) -> Workload:
+        spec = self._spec
+        machine = MachineRequest(spec.sandbox, stage=spec.name, messaging=agent.messaging.enabled)
+        skills = self._skills(agent.skills)
+        if agent.messaging.enabled:
+            skills[MESSAGING_SKILL_NAME] = MESSAGING_SKILL
+        settings = self._settings(
+            agent.prompt,
+            spec.sandbox,
+            spec.llm,
+            skills,
+            agent.timeout_secs,
+            agent.output_file or DEFAULT_OUTPUT_FILE,
+        )
+        if agent.mode == "service":
+            return AgentService(
+                spec.name,
+                # It goes on for as long as it likes.
+                replace(settings, timeout=0),
+                self._conductor,
+                machine=machine,
+                outputs=self._outputs,
+                input_text=self._input,
+            )
         return AgentTask(
             spec.name,
-            spec.agent,
-            conductor,
-            env=env,
-            program=_AGENT_PROGRAM,
-            model=llm.model if llm is not None and takes_model else None,
-            skills=_skills(spec, base),
-            input_text=input_text,
-            stage_timeout=stage_timeout,
+            settings,
+            self._conductor,
+            machine=machine,
+            outputs=self._outputs,
+            input_text=self._input,
+            retries=self._retries,
         )
-    return Sandbox(conductor, dict(spec.sandbox.env))  # of this kind they are not resolved
+
+    def pipeline(self, pipeline: PipelineSpec) -> Workload:
+        shares = {
+            output.name: f"{index}-{at}"
+            for index, box in enumerate(pipeline.boxes)
+            for at, output in enumerate(box.outputs)
+        }
+        return Pipeline(
+            self._spec.name,
+            stages_of(pipeline),
+            {box.name: self._box(box, shares) for box in pipeline.boxes},
+            self._conductor,
+            outputs=self._outputs,
+            input_text=self._input,
+            retries=self._retries,
+        )
+
+    def _box(self, box: BoxSpec, shares: Mapping[str, str]) -> BoxPlan:
+        sandbox = box_sandbox(self._spec.sandbox, box)
+        given = [Share(shares[out.name], out.guest, writable=True) for out in box.outputs]
+        given += [Share(shares[source.source], source.guest, False) for source in box.inputs]
+        return BoxPlan(
+            self._settings(
+                box.prompt,
+                sandbox,
+                box.llm or self._spec.llm,
+                self._skills(box.skills),
+                box.timeout_secs,
+                DEFAULT_OUTPUT_FILE,
+            ),
+            MachineRequest(sandbox, stage=box.name, shares=tuple(given)),
+        )
+
+    def _settings(
+        self,
+        prompt: str,
+        sandbox: SandboxSpec,
+        llm: LlmSpec | None,
+        skills: Mapping[str, str],
+        timeout: int | None,
+        output_file: str,
+    ) -> AgentSettings:
+        env = resolve_env(sandbox.env, self._host_env)
+        if (llm is None or llm.provider == "claude") and self._host_env.get("ANTHROPIC_API_KEY"):
+            env.setdefault("ANTHROPIC_API_KEY", self._host_env["ANTHROPIC_API_KEY"])
+        takes_model = llm is not None and llm.provider not in ("claude", "claude-personal", "codex")
+        return AgentSettings(
+            prompt=prompt,
+            program=_AGENT_PROGRAM,
+            timeout=first_timeout(timeout, self._stage_timeout, DEFAULT_AGENT_TIMEOUT),
+            env=env,
+            model=llm.model if llm is not None and takes_model else None,
+            skills=skills,
+            output_file=output_file,
+        )
+
+    def _skills(self, skills: Sequence[Skill]) -> dict[str, str]:
+        """Skill files by name: inline ones, and `file:` ones below `base`."""
+        found: dict[str, str] = {}
+        for skill in skills:
+            if isinstance(skill, InlineSkill):
+                found[skill.name] = skill.content
+            elif isinstance(skill, ReferenceSkill) and skill.type == "file":
+                path = self._base / skill.value
+                with path.open("rb") as file:
+                    found[path.stem] = file.read(_SKILL_LIMIT).decode(errors="replace")
+        return found
 
 
-def _skills(spec: RunSpec, base: Path) -> dict[str, str]:
-    """Skill files by name: inline ones, `file:` ones below `base`, and the messaging skill."""
-    assert spec.agent is not None
-    skills: dict[str, str] = {}
-    for skill in spec.agent.skills:
-        if isinstance(skill, InlineSkill):
-            skills[skill.name] = skill.content
-        elif isinstance(skill, ReferenceSkill) and skill.type == "file":
-            path = base / skill.value
-            with path.open("rb") as file:
-                skills[path.stem] = file.read(_SKILL_LIMIT).decode(errors="replace")
-    if spec.agent.messaging.enabled:
-        skills[MESSAGING_SKILL_NAME] = MESSAGING_SKILL
-    return skills
+def box_sandbox(run: SandboxSpec, box: BoxSpec) -> SandboxSpec:
+    """The machine of a box: the run's, with what the box says over it."""
+    own = box.sandbox
+    if own is None:
+        return run
+    update: dict[str, object] = {
+        field: value
+        for field in ("memory_mb", "vcpus", "network", "snapshot")
+        if (value := getattr(own, field)) is not None
+    }
+    update["env"] = {**run.env, **own.env}
+    update["mounts"] = (*run.mounts, *own.mounts)
+    return run.model_copy(update=update)

@@ -14,11 +14,17 @@ from voidbus.actors.workloads.conductor import (
     Command,
     Conductor,
     Exit,
+    GuestMachine,
+    KeptFile,
+    MachineRequest,
     Verdict,
     Workload,
     clip,
     first_timeout,
 )
+from voidbus.actors.workloads.output import OutputCollector
+from voidbus.actors.workloads.publication import StageOutput
+from voidbus.actors.workloads.stage import Stage
 from voidbus.spec.levels import dependency_levels, output_step_of
 from voidbus.spec.run import StepSpec, WorkflowSpec
 
@@ -26,15 +32,20 @@ from voidbus.spec.run import StepSpec, WorkflowSpec
 DEFAULT_STEP_TIMEOUT = 1200
 # What a workflow keeps of its steps' output at any time, for those that read it later (bytes).
 HELD_LIMIT = 64 * 1024 * 1024
+# Where a workflow leaves its structured output, and the second name it is kept under.
+RESULT_FILE = "/workspace/result.json"
+MAIN_STAGE = "main"
 # A guest runs 128 programs at once and refuses more; the rest is room for what operators start.
 STEPS_AT_ONCE = 64
 
 
 class Workflow(Workload):
-    """A level runs whole before the next; its steps at once, as many as the guest takes.
+    """A level runs whole before the next; its steps at once, as many as the guest and the run's
+    policy take.
 
-    A step reads the output of its first dependency, or of `stdin_from` where that has finished.
-    The run succeeds as its output step does; steps that depend on a failed one are skipped.
+    A step reads the output of its first dependency, or of `stdin_from` where that has finished. One
+    that fails is started again as often as the policy says. The run succeeds as its output step
+    does; steps that depend on a failed one are skipped.
     """
 
     def __init__(
@@ -43,21 +54,36 @@ class Workflow(Workload):
         spec: WorkflowSpec,
         conductor: Conductor,
         *,
+        machine: MachineRequest,
+        outputs: OutputCollector,
         env: dict[str, str],
         input_text: str | None,
         stage_timeout: int | None,
+        retries: int = 0,
+        at_once: int = STEPS_AT_ONCE,
     ) -> None:
         self._name = name
+        self._spec = spec
         self._conductor = conductor
+        self._request = machine
+        self._outputs = outputs
         self._env = env
         self._input = input_text
         self._stage_timeout = stage_timeout
+        self._at_once = min(at_once, STEPS_AT_ONCE)
         self._levels = dependency_levels(spec.steps)
         self._output_step = output_step_of(spec)
+        self._stages = {
+            step.name: Stage(
+                conductor, step.name, noun=f"step {step.name}", group=f"g{level}", retries=retries
+            )
+            for level, steps in enumerate(self._levels)
+            for step in steps
+        }
+        self._machine: GuestMachine | None = None
         self._level = -1
         self._exits: dict[str, Exit] = {}
         self._skipped: set[str] = set()
-        self._started: set[str] = set()
         self._waiting: deque[StepSpec] = deque()
         self._running = 0
         self._budget = Budget(HELD_LIMIT)
@@ -76,30 +102,23 @@ class Workflow(Workload):
         return reads
 
     def begin(self) -> None:
-        for level, steps in enumerate(self._levels):
+        for steps in self._levels:
             for step in steps:
-                self._conductor.emit(
-                    "stage.queued",
-                    f"step {step.name} queued",
-                    payload={"depends_on": list(step.depends_on)},
-                    stage=step.name,
-                    group=f"g{level}",
-                )
+                self._stages[step.name].queued(step.depends_on)
+        self._conductor.open_machine(self._request, self._ready, self._lost)
+
+    def _ready(self, machine: GuestMachine) -> None:
+        self._machine = machine
         self._next_level()
 
-    def cancelled(self) -> list[tuple[str, str]]:
-        return [
-            (step.name, "started" if step.name in self._started else "queued")
-            for steps in self._levels
-            for step in steps
-            if step.name not in self._exits and step.name not in self._skipped
-        ]
+    def _lost(self, reason: str) -> None:
+        self._conductor.finish(Verdict(False, None, reason))
 
     def _next_level(self) -> None:
         while True:
             self._level += 1
             if self._level >= len(self._levels):
-                self._finish()
+                self._collect()
                 return
             runnable = [step for step in self._levels[self._level] if not self._skip(step)]
             if runnable:
@@ -108,8 +127,8 @@ class Workflow(Workload):
         self._start_some()
 
     def _start_some(self) -> None:
-        """Start what waits in this level, as far as there is room for it in the guest."""
-        while self._waiting and self._running < STEPS_AT_ONCE:
+        """Start what waits in this level, as far as there is room for it."""
+        while self._waiting and self._running < self._at_once:
             self._running += 1
             self._start(self._waiting.popleft())
         if self._waiting:
@@ -130,25 +149,15 @@ class Workflow(Workload):
         if broken is None:
             return False
         self._skipped.add(step.name)
-        self._conductor.emit(
-            "stage.skipped",
-            f"step {step.name} skipped",
-            level="warn",
-            payload={"reason": f'dependency "{broken}" failed', "stage_attempt": 1},
-            stage=step.name,
-            group=f"g{self._level}",
-        )
+        self._stages[step.name].skipped(f'dependency "{broken}" failed')
         return True
 
     def _start(self, step: StepSpec) -> None:
-        self._started.add(step.name)
-        self._conductor.emit(
-            "stage.started",
-            f"step {step.name} started",
-            payload={"stage_attempt": 1},
-            stage=step.name,
-            group=f"g{self._level}",
-        )
+        assert self._machine is not None
+        self._stages[step.name].started()
+        known = self._captures.get(step.name)
+        if known is not None:  # of the attempt before
+            known.release()
         capture = self._captures[step.name] = Capture(self._budget)
 
         def on_output(stream: str, data: bytes) -> None:
@@ -173,7 +182,7 @@ class Workflow(Workload):
             self._stdin(step),
             self._timeout(step),
         )
-        self._conductor.execute(step.name, command, on_output, on_exit)
+        self._machine.execute(step.name, command, on_output, on_exit)
 
     def _stdin(self, step: StepSpec) -> bytes:
         for source in (step.run.stdin_from, *step.depends_on[:1]):
@@ -187,34 +196,39 @@ class Workflow(Workload):
         return first_timeout(step.timeout_secs, self._stage_timeout, DEFAULT_STEP_TIMEOUT)
 
     def _ended(self, step: StepSpec, end: Exit) -> None:
+        stage = self._stages[step.name]
+        if end.succeeded:
+            stage.completed(end)
+        else:
+            stage.failed(end, self._why(step.name, end))
+            # Its place stays taken: it is still this step that runs.
+            if stage.retry(lambda: self._start(step)):
+                return
         self._exits[step.name] = end
         self._running -= 1
-        payload: dict[str, object] = {
-            "duration_ms": end.duration_ms,
-            "exit_code": end.exit_code,
-            "stage_attempt": 1,
-        }
-        if end.succeeded:
-            self._conductor.emit(
-                "stage.completed",
-                f"step {step.name} completed",
-                payload=payload,
-                stage=step.name,
-                group=f"g{self._level}",
-            )
-        else:
-            self._conductor.emit(
-                "stage.failed",
-                f"step {step.name} failed",
-                level="error",
-                payload={**payload, "error": self._why(step.name)},
-                stage=step.name,
-                group=f"g{self._level}",
-            )
         if self._running or self._waiting:
             self._start_some()
         else:
             self._next_level()
+
+    def _collect(self) -> None:
+        """Keep what the output step left; where there is no such file, it left none."""
+        end = self._exits.get(self._output_step)
+        if end is None or not end.succeeded or self._machine is None:
+            self._finish()
+            return
+
+        def collected(output: StageOutput, _: KeptFile | None) -> None:
+            self._conductor.stage_output(output)
+            self._finish()
+
+        self._outputs.collect(
+            self._machine,
+            self._output_step,
+            RESULT_FILE,
+            collected,
+            also_as=MAIN_STAGE if self._output_step != MAIN_STAGE else None,
+        )
 
     def _finish(self) -> None:
         end = self._exits.get(self._output_step)
@@ -234,15 +248,20 @@ class Workflow(Workload):
         if not success:
             why = "it was skipped because a step it depends on failed"
             if end:
-                why = self._why(self._output_step)
+                why = self._why(self._output_step, end)
             error = f"output step {self._output_step} did not succeed: {why}"
         self._conductor.finish(
-            Verdict(success, report, error, exit_code=end.exit_code if end else None)
+            Verdict(
+                success,
+                report,
+                error,
+                exit_code=end.exit_code if end else None,
+                requires_output=self._spec.output_step is not None and report.stages <= 1,
+            )
         )
 
-    def _why(self, name: str) -> str:
+    def _why(self, name: str, end: Exit) -> str:
         """Why a step that has ended failed."""
-        end = self._exits[name]
         if end.error:
             return end.error[:ERROR_LIMIT]
         text = self._captures[name]["stderr"].decode(errors="replace").strip()[-2000:]

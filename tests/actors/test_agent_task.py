@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 from conductor_kit import FakeConductor
 
-from voidbus.actors.workloads import agent as agent_module
+from voidbus.actors.workloads import agent_program as agent_module
 from voidbus.actors.workloads.agent import AgentTask
-from voidbus.actors.workloads.conductor import ERROR_LIMIT, REPORT_LIMIT
-from voidbus.actors.workloads.make import UnsupportedRun, make_workload, require_supported
+from voidbus.actors.workloads.agent_program import DEFAULT_OUTPUT_FILE, AgentSettings
+from voidbus.actors.workloads.conductor import ERROR_LIMIT, REPORT_LIMIT, MachineRequest
+from voidbus.actors.workloads.make import make_workload
+from voidbus.actors.workloads.output import OutputCollector
+from voidbus.actors.workloads.pipeline import Pipeline
 from voidbus.actors.workloads.sandbox import Sandbox
+from voidbus.actors.workloads.service import AgentService
 from voidbus.actors.workloads.workflow import Workflow
 from voidbus.spec.policy import Policy
-from voidbus.spec.run import AgentSpec, RunSpec
+from voidbus.spec.run import RunSpec, SandboxSpec
 
 
 def lines(*events: dict[str, Any] | str) -> bytes:
@@ -41,23 +45,30 @@ def says(*parts: dict[str, Any], tokens: tuple[int, int] = (1, 1)) -> dict[str, 
 def begin(
     *,
     input_text: str | None = None,
-    stage_timeout: int | None = None,
+    timeout: int = 60,
     model: str | None = None,
     skills: dict[str, str] | None = None,
     conductor: FakeConductor | None = None,
-    **fields: Any,
+    output_file: str = DEFAULT_OUTPUT_FILE,
+    retries: int = 0,
 ) -> tuple[FakeConductor, AgentTask]:
     conductor = conductor or FakeConductor()
     task = AgentTask(
         "scout",
-        AgentSpec.model_validate({"prompt": "Do it.", **fields}),
+        AgentSettings(
+            prompt="Do it.",
+            program="claude-code",
+            timeout=timeout,
+            env={"KEY": "value"},
+            model=model,
+            skills=skills or {},
+            output_file=output_file,
+        ),
         conductor,
-        env={"KEY": "value"},
-        program="claude-code",
-        model=model,
-        skills=skills or {},
+        machine=MachineRequest(SandboxSpec()),
+        outputs=OutputCollector(conductor, "r1"),
         input_text=input_text,
-        stage_timeout=stage_timeout,
+        retries=retries,
     )
     task.begin()
     conductor.settle()
@@ -144,7 +155,8 @@ def test_a_file_that_cannot_be_written_fails_the_run_and_starts_nothing() -> Non
 def test_the_agents_own_timeout_comes_before_the_policys(
     own: int | None, policy: int | None, expected: int
 ) -> None:
-    conductor, _ = begin(timeout_secs=own, stage_timeout=policy)
+    given = None if policy is None else Policy(stage_timeout_secs=policy)
+    _, conductor = make(agent_run(agent={"prompt": "x", "timeout_secs": own}), policy=given)
     assert conductor.commands["scout"].timeout == expected
 
 
@@ -152,8 +164,8 @@ def test_the_agents_own_timeout_comes_before_the_policys(
 
 
 def test_a_good_stream_completes_the_stage_and_reports_cost_and_tokens() -> None:
-    conductor, task = begin()
-    assert task.cancelled() == [("scout", "started")]
+    conductor, _ = begin()
+    assert conductor.open_stages() == [("scout", "started")]
     conductor.end("scout", stdout=lines(SYSTEM, says(), RESULT), duration_ms=9)
     assert conductor.event("stage.completed").payload == {
         "duration_ms": 9,
@@ -165,7 +177,7 @@ def test_a_good_stream_completes_the_stage_and_reports_cost_and_tokens() -> None
     assert (report.kind, report.name, report.success, report.stages) == ("agent", "scout", True, 1)
     assert (report.output, report.total_cost_usd) == ("all done", 0.25)
     assert (report.input_tokens, report.output_tokens) == (70, 7), "the result's stand over sums"
-    assert task.cancelled() == []
+    assert conductor.open_stages() == []
 
 
 def test_a_result_without_text_falls_back_to_the_output_file() -> None:
@@ -322,7 +334,7 @@ def make(spec: dict[str, Any], **given: Any) -> Any:
         "host_env": {},
         "input_text": None,
         "policy": None,
-        "sidecar_url": None,
+        "run_id": "r1",
         **given,
     }
     conductor = FakeConductor()
@@ -344,7 +356,12 @@ def test_each_kind_has_its_workload() -> None:
 
 
 def test_the_sidecars_address_is_in_the_environment() -> None:
-    _, conductor = make(agent_run(), sidecar_url="http://127.0.0.1:9")
+    conductor = FakeConductor(patient=True)
+    begin(conductor=conductor)
+    (opened,) = conductor.machines
+    opened.machine.sidecar_url = "http://127.0.0.1:9"
+    opened.on_ready(opened.machine)
+    conductor.settle()
     assert conductor.commands["scout"].env["VOID_SIDECAR_URL"] == "http://127.0.0.1:9"
 
 
@@ -378,21 +395,53 @@ def test_the_api_key_is_passed_for_claude_and_the_model_for_others() -> None:
     assert conductor.commands["scout"].args[-4:-2] == ("--model", "q")
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        (
-            {"kind": "pipeline", "name": "p", "pipeline": {"boxes": []}},
-            "kind: pipeline is not run by this release; use kind: workflow",
-        ),
-        (
-            agent_run(agent={"prompt": "x", "mode": "service", "output_file": "/workspace/o"}),
-            "agent mode: service is not run by this release; use mode: task",
-        ),
-    ],
-)
-def test_what_this_release_does_not_run_is_refused_by_name(
-    spec: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(UnsupportedRun, match=words):
-        require_supported(RunSpec.model_validate(spec))
+def test_a_pipeline_and_a_service_have_theirs_too() -> None:
+    boxes = {"boxes": [{"name": "one", "prompt": "x"}]}
+    assert isinstance(make({"kind": "pipeline", "name": "p", "pipeline": boxes})[0], Pipeline)
+    service = {"prompt": "x", "mode": "service", "output_file": "/workspace/o"}
+    workload, conductor = make(agent_run(agent=service))
+    assert isinstance(workload, AgentService)
+    assert conductor.commands["scout"].timeout == 0, "a service has no limit"
+
+
+# -- its machine and the run's policy ----------------------------------------------------------
+
+
+def test_the_stage_starts_once_the_machine_answers() -> None:
+    conductor = FakeConductor(patient=True)
+    begin(conductor=conductor)
+    assert conductor.types() == ["stage.queued"]
+    (opened,) = conductor.machines
+    assert opened.request.stage is None
+    opened.on_ready(opened.machine)
+    conductor.settle()
+    assert conductor.types() == ["stage.queued", "stage.started"]
+
+
+def test_a_machine_that_is_lost_fails_the_run_with_its_words() -> None:
+    conductor, _ = begin()
+    conductor.machines[0].on_lost("the machine ended: killed")
+    assert conductor.verdict.error == "the machine ended: killed"
+
+
+def test_an_agent_that_fails_is_tried_again_on_the_same_machine_and_all_it_cost_counts() -> None:
+    conductor, _ = begin(retries=1)
+    conductor.end("scout", stdout=lines({**RESULT, "is_error": True}))
+    assert conductor.verdicts == []
+    conductor.pass_time()
+    conductor.files[DEFAULT_OUTPUT_FILE] = b'{"status": "ok"}'
+    conductor.end("scout", stdout=lines(SYSTEM, RESULT))
+    assert len(conductor.machines) == 1
+    assert conductor.event("stage.completed").payload["stage_attempt"] == 2
+    report = conductor.verdict.report
+    assert report is not None
+    assert (report.input_tokens, report.total_cost_usd) == (140, 0.5)
+
+
+def test_an_agent_owes_structured_output() -> None:
+    conductor, _ = begin()
+    conductor.files[DEFAULT_OUTPUT_FILE] = b'{"status": "ok"}'
+    conductor.end("scout", stdout=lines(SYSTEM, RESULT))
+    assert conductor.verdict.requires_output
+    (output,) = conductor.outputs
+    assert output.fault is None

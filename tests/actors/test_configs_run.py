@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 from supervisor_kit import CONFIGS, Client, running_supervisor
 
-from voidbus.actors.messages.runs import RunState, RunStatus, StartRun
+from voidbus.actors.messages.artifacts import ReadArtifact
+from voidbus.actors.messages.runs import RunState, RunStatus
 from voidbus.actors.messages.sidecar import IntentList, ReadIntents
-from voidbus.spec.loader import load_run_spec
 from voidbus.spec.supervisor import load_supervisor_config
-from voidbus.transport.fault import BusError
 
-MOCK_FILES = ("agent.json", "sandbox.yaml")
-MACHINE_FILES = ("agent.yaml", "workflow.yaml")
-OTHERS = ("pipeline.yaml", "supervisor.yaml")
+MOCK_FILES = ("agent.json", "pipeline.yaml", "sandbox.yaml")
+MACHINE_FILES = ("agent.yaml", "service.yaml", "workflow.yaml")
+OTHERS = ("supervisor.yaml",)
 PATIENCE = 120.0  # a machine may be an emulated one on a busy host
 
 in_a_machine = pytest.mark.needs("vm")
@@ -94,14 +93,51 @@ def test_the_sandbox_is_there_until_it_is_cancelled(client: Client, runs: dict[s
     assert (state.status, state.terminal_reason) == (RunStatus.CANCELLED, "seen enough")
 
 
-def test_the_pipeline_is_valid_and_refused_with_what_to_use_instead(client: Client) -> None:
-    load_run_spec(CONFIGS / "pipeline.yaml")
-    words = "kind: pipeline is not run by this release; use kind: workflow, or one run for each box"
-    with pytest.raises(BusError, match=re.escape(words)):
-        client.ask("runs", StartRun(file=str(CONFIGS / "pipeline.yaml")))
-    run_id = client.start(CONFIGS / "pipeline.yaml", strict=False)
+def test_the_pipelines_boxes_run_one_then_two_and_leave_their_output(
+    client: Client, runs: dict[str, str]
+) -> None:
+    run_id = runs["pipeline.yaml"]
     state = ended(client, run_id)
-    assert (state.status, state.error) == (RunStatus.FAILED, words)
+    assert state.status is RunStatus.SUCCEEDED, state.error
+    assert state.report is not None
+    assert (state.report.kind, state.report.stages) == ("pipeline", 3)
+    started = [e.stage_name for e in client.events(run_id) if e.event_type == "stage.started"]
+    assert started[0] == "planner"
+    assert sorted(map(str, started[1:])) == ["reader", "tester"]
+    published = state.artifact_publication
+    assert published.status == "published"
+    assert published.manifest[0].stage == "planner"
+    assert {entry.name for entry in published.manifest} == {"result.json"}
+
+
+@in_a_machine
+@pytest.mark.timeout(240)
+def test_the_service_publishes_while_it_runs_and_is_cancelled_at_once(client: Client) -> None:
+    """In a machine: seen by notification in the guest while its exec occupies it."""
+    run_id = client.start(CONFIGS / "service.yaml")
+    client.wait_type(run_id, "run.output_ready", patience=PATIENCE)
+    state = client.state(run_id)
+    assert (state.status, state.output_ready) == (RunStatus.RUNNING, True)
+    (entry,) = state.artifact_publication.manifest
+    first = content(client, run_id, "desk")
+    assert entry.size_bytes == len(first)
+    assert json.loads(first)["status"] == "serving"
+    client.wait_type(run_id, "run.output_updated", patience=PATIENCE)
+    assert json.loads(content(client, run_id, "desk"))["turn"] > json.loads(first)["turn"]
+    client.cancel(run_id, "seen enough")
+    state = ended(client, run_id)
+    assert (state.status, state.terminal_reason) == (RunStatus.CANCELLED, "seen enough")
+    assert state.artifact_publication.status == "published", "what was published stays"
+    assert json.loads(content(client, run_id, "desk"))["status"] == "serving"
+
+
+def content(client: Client, run_id: str, stage: str) -> bytes:
+    """The output file of a stage."""
+    asked = client.leaf.ask(
+        "supervisor/archive", ReadArtifact(run_id=run_id, stage=stage), timeout=PATIENCE
+    )
+    asked.result()
+    return asked.attachments[0]
 
 
 def test_the_supervisors_configuration_is_the_defaults_it_documents(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from actor_kit import PATIENCE
 from run_kit import RUN_ID, House, agent, workflow
 
 from voidbus.actors import journal_writer
+from voidbus.actors.messages.artifacts import ArtifactList, ListArtifacts
 from voidbus.actors.messages.journal import AppendEvents, ProcessRecord, RecordProcess
 from voidbus.actors.messages.runs import InspectRun, RunState, RunStatus
 from voidbus.actors.messages.sidecar import IntentList, ReadIntents
@@ -47,9 +48,9 @@ def test_a_workflow_runs_from_its_machine_to_its_outcome(house: House) -> None:
     assert state.report is not None
     assert state.report.output == "given\nHELLO\n"
     assert house.types()[2:] == [
+        "stage.queued",
+        "stage.queued",
         "machine.started",
-        "stage.queued",
-        "stage.queued",
         "stage.started",
         "log.chunk",
         "stage.completed",
@@ -80,7 +81,19 @@ def test_an_agent_runs_with_its_sidecar_and_leaves_its_intents(house: House) -> 
     assert types[-1] == "run.finished"
     intents = house.journal.store.take_intents  # its actor has nothing to do any more
     assert intents is not None
-    assert (house.folder / "machine/workspace/input.json").read_text() == '{"a": 1}'
+    listed = house.ask("journal", ListArtifacts(run_id=RUN_ID))
+    assert isinstance(listed, ArtifactList)
+    (kept,) = listed.artifacts
+    assert (kept.stage, kept.name, kept.media_type) == ("scout", "", "application/json")
+    assert b'"status": "success"' in house.artifacts.read(kept.digest, 0, kept.size_bytes)
+    assert state.artifact_publication.status == "published"
+    (entry,) = state.artifact_publication.manifest
+    assert (entry.name, entry.size_bytes, entry.digest) == (
+        "result.json",
+        kept.size_bytes,
+        kept.digest,
+    )
+    assert not (house.folder / "machine").exists(), "nothing of the machine is left"
 
 
 def test_a_failed_step_fails_the_run_with_its_words(house: House) -> None:

@@ -19,7 +19,7 @@ from voidbus.actors.messages.machine import ExecOutput, MachineEnded, MachineSto
 from voidbus.actors.messages.run_process import RunConfig
 from voidbus.actors.messages.runs import InspectRun, RunState, RunStatus, run_node
 from voidbus.actors.recovery import recover
-from voidbus.actors.run import RunActor
+from voidbus.actors.run import RUN_PATH, RunActor
 from voidbus.actors.run_process import RunProcess
 from voidbus.actors.runtime.system import System
 from voidbus.actors.spool import Spool
@@ -133,7 +133,16 @@ def test_a_cancel_is_taken_at_once_while_output_floods(house: House) -> None:
     [
         ({"CLAUDIO_GARBAGE": "1"}, RunStatus.SUCCEEDED, None),
         ({"CLAUDIO_EXIT_CODE": "3"}, RunStatus.SUCCEEDED, None),
-        ({"CLAUDIO_NO_OUTPUT": "1"}, RunStatus.SUCCEEDED, None),
+        (
+            {"CLAUDIO_NO_OUTPUT": "1"},
+            RunStatus.FAILED,
+            "stage 'scout' completed without result.json",
+        ),
+        (
+            {"CLAUDIO_OUTPUT": "plain words"},
+            RunStatus.FAILED,
+            "stage 'scout': its structured output is not JSON",
+        ),
         ({"CLAUDIO_FAIL": "out of tokens"}, RunStatus.FAILED, "out of tokens"),
     ],
 )
@@ -280,9 +289,7 @@ def test_stopping_a_machine_says_what_it_took(house: House) -> None:
     stopped = house.ask("vm", StopMachine(grace=5.0))
     assert isinstance(stopped, MachineStopped)
     assert stopped.step == StopStep.SHUTDOWN
-    house.run.post(
-        lambda: house.run.on_machine_ended(MachineEnded(reason="asked"), None)  # type: ignore[arg-type]
-    )
+    house.tell(RUN_PATH, MachineEnded(reason="asked"), sender="vm")
     assert house.wait_over().error == "the machine ended: asked"
 
 
@@ -316,6 +323,7 @@ def test_a_run_process_joins_the_hub_by_itself_and_ends_with_its_run(house: Hous
                 token="secret",
                 hub=hub.addresses[Right.WORK],
                 directory=str(house.folder),
+                artifacts=str(house.folder / "artifacts"),
                 spec=RunSpec.model_validate(agent()).model_dump_json(by_alias=True),
                 spec_name="agent.yaml",
                 next_seq=2,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from conductor_kit import FakeConductor
 
+from voidbus.actors.workloads.conductor import MachineRequest
 from voidbus.actors.workloads.sandbox import Sandbox
+from voidbus.spec.run import SandboxSpec
 
 
 def begin() -> tuple[FakeConductor, Sandbox]:
     conductor = FakeConductor()
-    sandbox = Sandbox(conductor, {"A": "b"})
+    sandbox = Sandbox(conductor, MachineRequest(SandboxSpec()), {"A": "b"})
     sandbox.begin()
     return conductor, sandbox
 
 
 def test_it_says_ready_once_a_program_ran_and_does_not_finish() -> None:
-    conductor, sandbox = begin()
+    conductor, _ = begin()
     command = conductor.commands["main"]
     assert (command.program, command.args, command.env) == ("echo", ("ready",), {"A": "b"})
     assert 0 < command.timeout <= 60, "a guest that hangs is noticed"
@@ -23,7 +25,7 @@ def test_it_says_ready_once_a_program_ran_and_does_not_finish() -> None:
     assert conductor.types() == ["sandbox.ready"]
     assert conductor.logged == [("main", "stdout", b"ready\n")]
     assert conductor.verdicts == []
-    assert sandbox.cancelled() == [], "it has no stages"
+    assert conductor.open_stages() == [], "it has no stages"
 
 
 def test_a_sandbox_that_runs_no_programs_fails_with_the_reason() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voidbus.actors.workloads import workflow as workflow_module
-from voidbus.actors.workloads.conductor import OUTPUT_LIMIT, REPORT_LIMIT
+from voidbus.actors.workloads.conductor import OUTPUT_LIMIT, REPORT_LIMIT, MachineRequest
+from voidbus.actors.workloads.output import OutputCollector
 from voidbus.actors.workloads.workflow import Workflow
-from voidbus.spec.run import WorkflowSpec
+from voidbus.spec.run import SandboxSpec, WorkflowSpec
 
 
 def step(name: str, *depends_on: str, **fields: Any) -> dict[str, Any]:
@@ -25,15 +26,19 @@ def begin(
     output_step: str | None = None,
     input_text: str | None = None,
     stage_timeout: int | None = None,
+    **fields: int,
 ) -> tuple[FakeConductor, Workflow]:
     conductor = FakeConductor()
     workflow = Workflow(
         "flow",
         WorkflowSpec.model_validate({"steps": steps, "output_step": output_step}),
         conductor,
+        machine=MachineRequest(SandboxSpec()),
+        outputs=OutputCollector(conductor, "r1"),
         env={"A": "b"},
         input_text=input_text,
         stage_timeout=stage_timeout,
+        **fields,
     )
     workflow.begin()
     return conductor, workflow
@@ -207,8 +212,8 @@ def test_input_stands_before_the_output_and_is_not_fed_to_steps() -> None:
 
 
 def test_a_cancel_ends_started_stages_and_skips_queued_ones() -> None:
-    conductor, workflow = begin(step("a"), step("bad"), step("b", "bad"), step("c", "a"))
-    assert workflow.cancelled() == [
+    conductor, _ = begin(step("a"), step("bad"), step("b", "bad"), step("c", "a"))
+    assert conductor.open_stages() == [
         ("a", "started"),
         ("bad", "started"),
         ("b", "queued"),
@@ -216,9 +221,9 @@ def test_a_cancel_ends_started_stages_and_skips_queued_ones() -> None:
     ]
     conductor.end("bad", 1)
     conductor.end("a")
-    assert workflow.cancelled() == [("c", "started")]
+    assert conductor.open_stages() == [("c", "started")]
     conductor.end("c")
-    assert workflow.cancelled() == []
+    assert conductor.open_stages() == []
 
 
 def test_output_is_logged_as_it_comes() -> None:
@@ -281,11 +286,11 @@ def test_a_level_wider_than_a_guest_takes_is_started_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workflow_module, "STEPS_AT_ONCE", 2)
-    conductor, workflow = begin(*(step(name) for name in "abcd"), step("e", "a"))
+    conductor, _ = begin(*(step(name) for name in "abcd"), step("e", "a"))
     assert conductor.stages_running() == ["a", "b"]
     conductor.end("b")
     assert conductor.stages_running() == ["a", "c"]
-    assert workflow.cancelled() == [
+    assert conductor.open_stages() == [
         ("a", "started"),
         ("c", "started"),
         ("d", "queued"),
@@ -296,6 +301,73 @@ def test_a_level_wider_than_a_guest_takes_is_started_bit_by_bit(
     assert conductor.stages_running() == ["e"]
     conductor.end("e")
     assert conductor.verdict.success
+
+
+# -- the run's policy --------------------------------------------------------------------------
+
+
+def test_a_failed_step_is_tried_again_as_often_as_the_policy_says_ever_later() -> None:
+    conductor, _ = begin(step("a"), step("b", "a"), retries=2)
+    conductor.end("a", 1, stdout=b"one")
+    assert conductor.stages_running() == [], "it waits before it is tried again"
+    conductor.pass_time()
+    conductor.end("a", 1, stdout=b"two")
+    conductor.pass_time()
+    conductor.end("a", 0, stdout=b"three")
+    assert conductor.delays == [0.1, 0.2]
+    attempts = [(e.event_type, e.payload["stage_attempt"]) for e in conductor.events[2:8]]
+    assert attempts == [
+        ("stage.started", 1),
+        ("stage.failed", 1),
+        ("stage.started", 2),
+        ("stage.failed", 2),
+        ("stage.started", 3),
+        ("stage.completed", 3),
+    ]
+    assert conductor.commands["b"].stdin == b"three", "of the attempt that succeeded"
+
+
+def test_a_step_that_fails_for_good_skips_what_depends_on_it_only_then() -> None:
+    conductor, _ = begin(step("a"), step("b", "a"), retries=1)
+    conductor.end("a", 1)
+    assert conductor.types("b") == ["stage.queued"]
+    conductor.pass_time()
+    conductor.end("a", 1)
+    assert conductor.types("b") == ["stage.queued", "stage.skipped"]
+    assert conductor.verdict.error is not None
+
+
+def test_no_more_steps_run_at_once_than_the_policy_says() -> None:
+    conductor, _ = begin(*(step(name) for name in "abc"), at_once=2)
+    assert conductor.stages_running() == ["a", "b"]
+    conductor.end("a")
+    assert conductor.stages_running() == ["b", "c"]
+
+
+# -- what it leaves ----------------------------------------------------------------------------
+
+
+def test_the_result_file_is_the_output_steps_and_mains() -> None:
+    conductor, _ = begin(step("a"), step("b", "a"))
+    conductor.files["/workspace/result.json"] = b'{"status": "ok"}'
+    conductor.end("a")
+    conductor.end("b")
+    assert [(kept.stage, kept.name) for kept in conductor.stored] == [("b", ""), ("main", "")]
+    (output,) = conductor.outputs
+    assert (output.stage, output.fault) == ("b", None)
+
+
+def test_only_one_step_with_a_named_output_owes_structured_output() -> None:
+    conductor, _ = begin(step("a"), output_step="a")
+    conductor.end("a")
+    assert conductor.verdict.requires_output
+    conductor, _ = begin(step("a"))
+    conductor.end("a")
+    assert not conductor.verdict.requires_output
+    conductor, _ = begin(step("a"), step("b", "a"), output_step="b")
+    conductor.end("a")
+    conductor.end("b")
+    assert not conductor.verdict.requires_output
 
 
 # -- random workflows --------------------------------------------------------------------------
@@ -318,7 +390,7 @@ def graphs(draw: st.DrawFn) -> list[dict[str, Any]]:
 def test_any_workflow_ends_every_step_once_and_by_the_rules(
     graph: list[dict[str, Any]], data: st.DataObject
 ) -> None:
-    conductor, workflow = begin(*graph)
+    conductor, _ = begin(*graph)
     exits: dict[str, int] = {}
     while conductor.running:
         name = data.draw(st.sampled_from(conductor.stages_running()))
@@ -350,6 +422,6 @@ def test_any_workflow_ends_every_step_once_and_by_the_rules(
     levels = {e.stage: int(str(e.group)[1:]) for e in conductor.events if e.group}
     started = [levels[e.stage] for e in conductor.events if e.event_type == "stage.started"]
     assert started == sorted(started), "a level starts when the one before is over"
-    assert workflow.cancelled() == []
+    assert conductor.open_stages() == []
     assert conductor.verdict.report is not None
     assert conductor.verdict.report.stages == len(graph)

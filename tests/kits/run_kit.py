@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from actor_kit import PATIENCE
 from journal_kit import a_run
 
+from voidbus.actors.artifact_store import ArtifactStore
 from voidbus.actors.event import EventMaker
 from voidbus.actors.journal import Journal
 from voidbus.actors.leases import LeaseFile
@@ -28,14 +29,15 @@ from voidbus.actors.messages.runs import (
     RunState,
     events_topic,
 )
-from voidbus.actors.run import RUN_PATH, SIDECAR_PATH, VM_PATH, RunActor
+from voidbus.actors.run import RUN_PATH, SIDECAR_PATH, RunActor
 from voidbus.actors.runtime.actor import Actor
 from voidbus.actors.runtime.policy import ChildPolicy, Restart
-from voidbus.actors.runtime.supervisor import actor_child
+from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
 from voidbus.actors.runtime.system import System
 from voidbus.actors.sidecar import SidecarActor, SidecarDesk
 from voidbus.actors.vm import VmActor
-from voidbus.actors.workloads.make import make_workload
+from voidbus.actors.workloads.conductor import MachineRequest
+from voidbus.actors.workloads.make import machines_at_once, make_workload
 from voidbus.sidecar.state import SidecarState
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec
@@ -45,7 +47,7 @@ from voidbus.transport.fault import FaultReason
 from voidbus.transport.hub import Hub
 from voidbus.transport.message import Message
 from voidbus.transport.topics import Publication
-from voidbus.vm.machine import Machine, MachineSpec
+from voidbus.vm.machine import Machine, MachineSpec, Mount
 from voidbus.vm.process.machine import ProcessMachine
 
 M = TypeVar("M", bound=Message)
@@ -85,6 +87,7 @@ class House:
         )
         self.ask("journal", a_run(RUN_ID, events=_FIRST_EVENTS))
         self.leases = LeaseFile(folder / "leases.jsonl")
+        self.artifacts = ArtifactStore(folder / "artifacts")
         self.desk: SidecarDesk | None = None
         self.run: RunActor
 
@@ -113,22 +116,30 @@ class House:
             children.append(
                 actor_child(self.system, policy, sidecar, self.desk, run_id=RUN_ID, owner=RUN_PATH)
             )
-        scratch = self.folder / "machine"
-        scratch.mkdir()
-        children.append(
-            actor_child(
+        policy_of_run = fields.pop("policy", None) or Policy(max_stage_retries=0)
+
+        def make_vm(path: str, request: MachineRequest) -> ChildSpec:
+            scratch = self.folder / path.replace("vm", "machine")
+            scratch.mkdir()
+            shares = tuple(
+                Mount(self._share(share.name), share.guest, share.writable)
+                for share in request.shares
+            )
+            return actor_child(
                 self.system,
-                ChildPolicy(VM_PATH, Restart.TEMPORARY, stop_timeout=4.0),
+                ChildPolicy(path, Restart.TEMPORARY, stop_timeout=4.0),
                 VmActor,
                 machine,
-                MachineSpec(RUN_ID, "machine", scratch, secrets.token_bytes(32)),
+                MachineSpec(RUN_ID, "machine", scratch, secrets.token_bytes(32), mounts=shares),
                 owner=RUN_PATH,
                 telemetry="supervisor/telemetry",
                 leases=self.leases,
                 directory=self.folder,
                 reason="the test says so",
+                artifacts=self.artifacts,
+                stage=request.stage,
             )
-        )
+
         self.run = self.system.start(
             RunActor,
             RUN_PATH,
@@ -137,14 +148,16 @@ class House:
             spool=self.folder / "spool.jsonl",
             journal="supervisor/journal",
             run_generation=1,
-            make_workload=lambda conductor, url: make_workload(
+            make_vm=make_vm,
+            make_workload=lambda conductor: make_workload(
                 run_spec,
                 conductor,
+                run_id=RUN_ID,
                 host_env={},
                 input_text=input_text,
-                policy=Policy(),
-                sidecar_url=url,
+                policy=policy_of_run,
             ),
+            machines_at_once=machines_at_once(policy_of_run),
             desk=self.desk,
             default_grace=grace,
             on_over=self.over.set,
@@ -152,11 +165,19 @@ class House:
         )
         self.run.link_changed(True)
 
+    def _share(self, name: str) -> Path:
+        share = self.folder / "shares" / name
+        share.mkdir(parents=True, exist_ok=True)
+        return share
+
     # -- what a test asks ------------------------------------------------------------------
 
     def ask(self, path: str, message: Message) -> Message:
         ask = self.hub.ask(f"supervisor/{path}", message, timeout=PATIENCE, sender="test")
         return ask.result()
+
+    def tell(self, path: str, message: Message, *, sender: str) -> None:
+        self.hub.tell(f"supervisor/{path}", message, sender=sender)
 
     def cancel(self, reason: str = "enough", grace: float | None = None) -> None:
         self.ask(RUN_PATH, CancelWork(reason=reason, grace=grace))

@@ -17,6 +17,7 @@ Environment:
   CLAUDIO_GARBAGE    mix lines that are no JSON into the output
   CLAUDIO_OUTPUT     write this text, as it is, to the output file
   CLAUDIO_NO_OUTPUT  write no output file
+  CLAUDIO_SERVE      write the output file with each turn, as a service does, not at the end only
   VOID_WORKSPACE     directory that stands for /workspace
 
 Standard library only.
@@ -68,6 +69,7 @@ class Behaviour:
     garbage: bool
     output: str | None
     no_output: bool
+    serve: bool
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "Behaviour":
@@ -90,6 +92,7 @@ class Behaviour:
             garbage=environ.get("CLAUDIO_GARBAGE", "") not in ("", "0"),
             output=environ.get("CLAUDIO_OUTPUT"),
             no_output=environ.get("CLAUDIO_NO_OUTPUT", "") not in ("", "0"),
+            serve=environ.get("CLAUDIO_SERVE", "") not in ("", "0"),
         )
 
 
@@ -370,6 +373,8 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
                 stream.tool("Bash", {"command": f"echo {number}"}, str(number), failed=False)
         if behaviour.garbage:
             stream.noise()
+        if behaviour.serve:
+            serve(stream, command.prompt, turn)
     if messenger is not None:
         messenger.send(behaviour.intents, stream.session_id)
 
@@ -394,6 +399,13 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
     duration = behaviour.turns * (behaviour.delay_ms + 100)
     stream.result(summary, turns=behaviour.turns, duration_ms=duration, error=error)
     return behaviour.exit_code
+
+
+def serve(stream: Stream, prompt: str, turn: int) -> None:
+    """Leave what there is after this turn, and go on."""
+    path = output_path(prompt)
+    if path is not None:
+        write_output(stream, path, json.dumps({"status": "serving", "turn": turn}))
 
 
 def write_output(stream: Stream, path: str, text: str) -> str | None:
