@@ -35,6 +35,7 @@ from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
 from voidbus.actors.runtime.system import System
 from voidbus.actors.telemetry import Telemetry
 from voidbus.cli.state import KEYS_FOLDER
+from voidbus.gateway.open import ListenError, Opened, TokenError, open_doors
 from voidbus.spec.supervisor import SupervisorConfig
 from voidbus.transport.access import (
     AccessError,
@@ -58,6 +59,7 @@ DESCRIPTION_FILE = "supervisor.json"
 LOCK_FILE = "supervisor.lock"
 JOURNAL_FILE = "journal.sqlite"
 ARTIFACTS_FOLDER = "artifacts"
+GATEWAY_PATH = "gateway"
 # The actors have this long (seconds) to come up; a journal that can't be opened ends it sooner.
 _START_SECONDS = 15.0
 
@@ -117,9 +119,11 @@ class SupervisorProcess:
             try:
                 sockets = secure_directory(socket_directory(state_dir))
                 remote = _remote(self.config, state_dir)
-            except AccessError as error:
+                api = open_doors(self.config.api, os.environ)
+            except (AccessError, ListenError, TokenError) as error:
                 raise SupervisorError(str(error)) from error
-            return _Tree(self.config, state_dir, sockets, remote, stack).run()
+            stack.callback(api.close)
+            return _Tree(self.config, state_dir, sockets, remote, api, stack).run()
 
 
 def _remote(config: SupervisorConfig, state_dir: Path) -> Endpoints | None:
@@ -145,12 +149,14 @@ class _Tree:
         state_dir: Path,
         sockets: Path,
         remote: Endpoints | None,
+        api: Opened,
         stack: contextlib.ExitStack,
     ) -> None:
         self._config = config
         self._state_dir = state_dir
         self._sockets = sockets
         self._remote = remote
+        self._api = api
         self._stack = stack
         self._over = threading.Event()
         self._reason: ExitReason | None = None
@@ -183,6 +189,9 @@ class _Tree:
         self._describe(identity)
         self._stack.callback(self._undescribe)
         _notify_systemd("READY=1")
+        for url in self._api.urls:
+            # Who starts a supervisor to drive it by HTTP waits for this line.
+            print(f"[voidbus] daemon listening on {url}", flush=True)
         log.info("supervisor %d is up, state in %s", os.getpid(), self._state_dir)
         while not self._over.wait(timeout=3600.0):
             pass  # a signal's handler runs between waits
@@ -262,7 +271,18 @@ class _Tree:
                 spawner,
                 f"supervisor/{ROOT_PATH}",
             ),
+            *self._gateway(system),
         )
+
+    def _gateway(self, system: System) -> tuple[ChildSpec, ...]:
+        """Last, for it asks all others; the import takes a while, and not all offer the API."""
+        if not self._api.doors:
+            return ()
+        from voidbus.gateway.actor import Gateway
+
+        policy = ChildPolicy(GATEWAY_PATH, Restart.PERMANENT, stop_timeout=7.0)
+        doors = self._api.doors
+        return (actor_child(system, policy, Gateway, doors, version("voidbus"), path=GATEWAY_PATH),)
 
     def _await_runs(self) -> None:
         """Wait until the last of the actors answers: who reads the description may rely on it."""
@@ -312,6 +332,7 @@ class _Tree:
             "start_time": own.start_time,
             "version": identity.version,
             "sockets": str(self._sockets),
+            "api": list(self._api.urls),
             "started_at": identity.started_at,
         }
         path = self._state_dir / DESCRIPTION_FILE

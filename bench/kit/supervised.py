@@ -76,7 +76,12 @@ class Supervised:
     def __init__(self, **environment: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="vb-")
         self.state_dir = Path(self._folder.name) / "state"
-        self._environment = {**os.environ, "VOIDBUS_MAX_PARALLEL_RUNS": "256", **environment}
+        self._environment = {
+            **os.environ,
+            "VOIDBUS_MAX_PARALLEL_RUNS": "256",
+            "VOIDBUS_API__LISTEN": "off",
+            **environment,
+        }
         endpoints = ipc_endpoints(socket_directory(self.state_dir))
         self.leaf = Leaf(
             f"client-bench-{os.getpid()}",

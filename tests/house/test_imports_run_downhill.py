@@ -55,8 +55,8 @@ RULES = {
     "sidecar": Rule(third=frozenset({"aiohttp"}) | PYDANTIC),
     "mcp": Rule(("voidbus.sidecar.client",)),
     "gateway": Rule(
-        ("voidbus.transport", "voidbus.actors.runtime", "voidbus.actors.messages"),
-        frozenset({"aiohttp"}) | PYDANTIC,
+        ("voidbus.transport", "voidbus.actors.runtime", "voidbus.actors.messages", "voidbus.spec"),
+        frozenset({"aiohttp", "prometheus_client"}) | PYDANTIC,
     ),
     "spec": Rule(third=frozenset({"yaml"}) | PYDANTIC),
     "cli": Rule(EVERYTHING, frozenset({"click", "rich", "zmq", "yaml", "aiohttp"}) | PYDANTIC),

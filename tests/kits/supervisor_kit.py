@@ -50,7 +50,9 @@ class Supervisor:
 
     def __init__(self, state_dir: Path, **environment: str) -> None:
         self.state_dir = state_dir
-        self.environment = {**os.environ, **environment}
+        # On a socket of its own: the place where clients look is the user's.
+        api = {"VOIDBUS_API__LISTEN": f"unix://{state_dir}.api"}
+        self.environment = {**os.environ, **api, **environment}
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Client | None = None
 

@@ -1,0 +1,1 @@
+"""The HTTP API: requests become bus messages, answers become JSON."""

@@ -1,0 +1,24 @@
+"""What all handlers share."""
+
+from __future__ import annotations
+
+from voidbus.gateway.bus import Bus
+from voidbus.gateway.feed import Feeds
+from voidbus.gateway.metrics import Metrics
+from voidbus.transport.node import Node
+
+GATEWAY_PATH = "gateway"
+
+
+class Api:
+    """The bus, the events as they come, and what is counted. Lives in one event loop."""
+
+    def __init__(self, node: Node, release: str) -> None:
+        self.bus = Bus(node, GATEWAY_PATH)
+        self.feeds = Feeds(self.bus)
+        self.metrics = Metrics(release)
+        self.release = release
+
+    def close(self) -> None:
+        """End what goes on by itself: followers."""
+        self.feeds.close()
