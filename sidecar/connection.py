@@ -45,7 +45,7 @@ class Connections:
         self.limit = limit
         self.deadline = deadline
         self._loop = asyncio.get_running_loop()
-        self._open: set[asyncio.Transport] = set()
+        self._open: dict[asyncio.Transport, _BoundedConnection] = {}
         self._arriving: set[asyncio.Task[None]] = set()
         self._paused: asyncio.TimerHandle | None = None
         self._closed = False
@@ -95,7 +95,15 @@ class Connections:
         with contextlib.suppress(OSError):
             await self._loop.connect_accepted_socket(lambda: _BoundedConnection(self), arrived)
 
-    def admit(self, transport: asyncio.Transport) -> bool:
+    def prolong(self, transport: asyncio.BaseTransport | None, seconds: float) -> None:
+        """Let a connection live so long from now; for an answer that is meant to take its time.
+
+        Nothing happens where it has gone already."""
+        connection = self._open.get(transport) if isinstance(transport, asyncio.Transport) else None
+        if connection is not None:
+            connection.cut_in(seconds)
+
+    def admit(self, transport: asyncio.Transport, connection: "_BoundedConnection") -> bool:
         """Count a connection in. Where there is no room for it, it is told so and closed."""
         if self._closed:
             transport.abort()
@@ -104,12 +112,12 @@ class Connections:
             transport.write(_BUSY)
             transport.close()
             return False
-        self._open.add(transport)
+        self._open[transport] = connection
         return True
 
     def forget(self, transport: asyncio.Transport) -> None:
         """Count a connection out."""
-        self._open.discard(transport)
+        self._open.pop(transport, None)
 
 
 class _BoundedConnection(asyncio.Protocol):
@@ -123,13 +131,20 @@ class _BoundedConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        if not self._connections.admit(transport):
+        if not self._connections.admit(transport, self):
             return
         self._transport = transport
-        loop = asyncio.get_running_loop()
-        self._cut = loop.call_later(self._connections.deadline, transport.abort)
+        self.cut_in(self._connections.deadline)
         self._inner = self._connections.make_protocol()
         self._inner.connection_made(transport)
+
+    def cut_in(self, seconds: float) -> None:
+        """Set the deadline anew, counted from now."""
+        if self._cut is not None:
+            self._cut.cancel()
+        if self._transport is not None:
+            loop = asyncio.get_running_loop()
+            self._cut = loop.call_later(seconds, self._transport.abort)
 
     def data_received(self, data: bytes) -> None:
         if self._inner is not None:

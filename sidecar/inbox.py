@@ -87,6 +87,17 @@ class Inbox:
             entries=() if since is not None and since >= self.version else tuple(entries),
         )
 
+    def news(self, since: int | None) -> InboxView | None:
+        """What a follower who has seen version `since` is to be told, or None while there is
+        nothing.
+
+        A follower who is ahead of us has seen versions of an inbox that is no more: numbers
+        may go back when the orchestrator loads one. It begins anew, with everything.
+        """
+        if since == self.version:
+            return None
+        return self.view(None if since is None or since > self.version else since)
+
     def arrivals(self) -> tuple[int, ...]:
         """For each entry, in order, the version at which it arrived."""
         return tuple(arrived.version for arrived in self._arrived)

@@ -18,6 +18,7 @@ from voidbus.sidecar.model import (
     invalid,
     too_large,
 )
+from voidbus.sidecar.signals import Signals
 from voidbus.sidecar.state import Submitted
 
 MAX_REQUEST_BYTES = 65536
@@ -40,10 +41,11 @@ class Guest(Protocol):
 class Routes:
     """Answers every request with JSON, whatever it asks. One request a connection."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, signals: Signals) -> None:
         self._guest = guest
+        self._follow = signals
         self._handlers: dict[
-            tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.Response]]
+            tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
         ] = {
             ("GET", "/v1/health"): self._health,
             ("GET", "/v1/context"): self._context,
@@ -52,8 +54,9 @@ class Routes:
             ("GET", "/v1/signals"): self._signals,
         }
 
-    async def __call__(self, request: web.BaseRequest) -> web.Response:
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
+        response: web.StreamResponse
         try:
             handler = self._handlers.get((request.method, request.path), self._unknown)
             response = await handler(request)
@@ -91,15 +94,12 @@ class Routes:
             return _bytes(201, _intent_list.dump_json(list(submitted.intents)))
         return _json(201, submitted.intents[0])
 
-    async def _signals(self, _request: web.BaseRequest) -> web.Response:
-        return _refusal(
-            Rejection(
-                status=501,
-                code="INTERNAL_ERROR",
-                message="signals are not implemented; poll /v1/inbox?since=VERSION",
-                retryable=True,
-            )
-        )
+    async def _signals(self, request: web.BaseRequest) -> web.StreamResponse:
+        since = _since(request.query.get("since"))
+        if _wants_events(request.headers.get("Accept", "")):
+            resumed = _since(request.headers.get("Last-Event-ID"))
+            return await self._follow.stream(request, since if resumed is None else resumed)
+        return await self._follow.poll(request, since, _seconds(request.query.get("timeout")))
 
     async def _unknown(self, request: web.BaseRequest) -> web.Response:
         path = request.path[:_LONGEST_ECHO].encode("utf-8", "replace").decode()
@@ -113,6 +113,30 @@ def _since(text: str | None) -> int | None:
     if text is None or not (text.isascii() and text.isdigit()) or len(text) > 20:
         return None
     return int(text)
+
+
+def _seconds(text: str | None) -> float | None:
+    """A timeout in whole or decimal seconds. Raises Rejected (400) for anything else."""
+    if text is None:
+        return None
+    whole, _, part = text[:21].partition(".")
+    if len(text) > 20 or not all(
+        digits.isascii() and digits.isdigit() for digits in (whole, part or "0")
+    ):
+        raise Rejected(
+            invalid(
+                "invalid timeout: expected seconds, for example 25",
+                field="timeout",
+                found=repr(text[:_LONGEST_ECHO]),
+            )
+        )
+    return float(text)
+
+
+def _wants_events(accept: str) -> bool:
+    return any(
+        part.partition(";")[0].strip().lower() == "text/event-stream" for part in accept.split(",")
+    )
 
 
 async def _read_body(request: web.BaseRequest) -> bytes:

@@ -28,6 +28,7 @@ from voidbus.sidecar.model import (
     SidecarStatus,
 )
 from voidbus.sidecar.routes import Routes
+from voidbus.sidecar.signals import Bounds, Signals
 from voidbus.sidecar.state import SidecarState, Submitted
 
 Address = tuple[str, int] | str
@@ -65,8 +66,11 @@ class SidecarServer:
         run_id: str,
         listen: Address | Path = ("127.0.0.1", 0),
         on_event: Callable[[SidecarEvent], None],
+        bounds: Bounds | None = None,
     ) -> None:
         self._state = state
+        self._bounds = bounds
+        self._signals: Signals | None = None
         self._run_id = run_id
         self._listen: Address = str(listen) if isinstance(listen, Path) else listen
         self._on_event = on_event
@@ -136,18 +140,25 @@ class SidecarServer:
         self._loop = asyncio.get_running_loop()
         if self._stopping:
             return
+        signals = Signals(
+            self, lambda transport, seconds: connections.prolong(transport, seconds), self._bounds
+        )
         http = web.Server(
-            Routes(self),
+            Routes(self, signals),
             logger=_http_log,
             access_log=None,
             # Else a few kilobytes of gzip from the guest could become gigabytes here.
             auto_decompress=False,
+            # A follower that has gone must not be counted until its poll would have ended.
+            handler_cancellation=True,
         )
         connections = Connections(http)
+        self._signals = signals
         connections.listen(listener)
         ready.set()
         await self._stop_asked.wait()
         connections.stop_listening(listener)
+        signals.close()
         await http.shutdown(_GOODBYE)
         await connections.close(_GOODBYE)
 
@@ -158,6 +169,7 @@ class SidecarServer:
         with self._lock:
             loaded = self._state.load_inbox(snapshot)
             self._reports_left = MAX_REPORTED_REPEATS
+        self._ring()
         self._emit(
             "inbox_loaded",
             version=loaded.version,
@@ -172,6 +184,7 @@ class SidecarServer:
         """Add a message to the inbox; its new version. Raises Rejected when it is full."""
         with self._lock:
             version = self._state.push_message(entry)
+        self._ring()
         self._emit("message_pushed", message_id=entry.message_id, version=version)
         return version
 
@@ -204,6 +217,10 @@ class SidecarServer:
         with self._lock:
             return self._state.counters()
 
+    def followers(self) -> int:
+        """How many clients follow the inbox now."""
+        return 0 if self._signals is None else len(self._signals)
+
     def snapshot(self) -> SidecarSnapshot:
         """Everything the state holds, to be handed on."""
         with self._lock:
@@ -233,6 +250,11 @@ class SidecarServer:
         with self._lock:
             return self._state.inbox(since)
 
+    def news(self, since: int | None) -> InboxView | None:
+        """What a follower at version `since` has missed; None where that is nothing."""
+        with self._lock:
+            return self._state.news(since)
+
     def submit(self, body: bytes, idempotency_key: str | None = None) -> Submitted:
         """Take the body of `POST /v1/intents`."""
         with self._lock:
@@ -253,6 +275,13 @@ class SidecarServer:
                 message=submitted.rejection.message,
             )
         return submitted
+
+    def _ring(self) -> None:
+        """Wake those who follow the inbox; from any thread."""
+        if self._loop is not None and self._signals is not None:
+            # RuntimeError: the loop has ended, and all its followers with it.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._signals.ring)
 
     def _emit_bounded(self, kind: EventKind, /, **fields: Any) -> None:
         with self._lock:

@@ -112,6 +112,10 @@ class SidecarState:
         """The inbox: whole, or what arrived after version `since`."""
         return self._inbox.view(since)
 
+    def news(self, since: int | None) -> InboxView | None:
+        """What a follower at version `since` has missed; None where that is nothing."""
+        return self._inbox.news(since)
+
     def load_inbox(self, snapshot: InboxSnapshot) -> Loaded:
         """Replace the inbox and begin its iteration: a new share of intents, old ones expire.
 

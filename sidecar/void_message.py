@@ -1,13 +1,15 @@
 """void-message: lets the agent in a guest talk to its sidecar from a shell.
 
     void-message context
-    void-message inbox [--since N]
+    void-message inbox [--since N] [--follow]
     void-message send --kind proposal|signal|evaluation --audience broadcast|leader
                       --summary TEXT [--priority high|normal|low]
     void-message health
 
 VOID_SIDECAR_URL says where the sidecar is: http://IP:PORT. Prints the sidecar's JSON and
-exits 0; on any error says `error: ...` on standard error and exits 1.
+exits 0; on any error says `error: ...` on standard error and exits 1. With --follow it prints
+each entry as a line of JSON, those there are and those that come, until it is interrupted (exit
+code 130) or the sidecar has gone.
 
 Standard library only. It runs as part of voidbus, and as a script in a guest with client.py
 copied next to it.
@@ -18,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from voidbus.sidecar.client import SidecarClient, SidecarClientError
@@ -30,7 +32,8 @@ usage: void-message <command>
 
 commands:
   context                            who you are and where the run stands
-  inbox [--since N]                  messages for you; --since: only those after version N
+  inbox [--since N] [--follow]       messages for you; --since: only those after version N;
+                                     --follow: each on a line, and new ones as they come
   send --kind proposal|signal|evaluation --audience broadcast|leader
        --summary TEXT [--priority high|normal|low]
                                      send an intent (priority: normal)
@@ -47,6 +50,13 @@ _CHOICES = {
     "priority": ("high", "normal", "low"),
 }
 
+RECONNECTS = 5
+"""How often in a row --follow tries to reach a sidecar again that it has reached before."""
+
+_FIRST_DELAY = 0.1  # seconds before the first of them; each waits twice as long as the last
+_BUSY = (429, 503)  # answers that may be others in a moment
+_INTERRUPTED = 130  # what a shell reports for SIGINT
+
 
 class UsageError(Exception):
     """The command line can't be carried out as it stands."""
@@ -60,12 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         client = SidecarClient.from_environment(os.environ)
-        body = _run(client, arguments[0], arguments[1:])
-        sys.stdout.buffer.write(body)
-        sys.stdout.buffer.flush()
+        if arguments[0] == "inbox" and "--follow" in arguments:
+            _follow(client, [word for word in arguments[1:] if word != "--follow"])
+        else:
+            _write(_run(client, arguments[0], arguments[1:]))
     except (UsageError, SidecarClientError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain again while exiting.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,13 +102,64 @@ def _run(client: SidecarClient, command: str, rest: list[str]) -> bytes:
     raise UsageError(f"unknown command: {command} (try: void-message help)")
 
 
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
 def _inbox_path(options: dict[str, str]) -> str:
+    since = _since(options)
+    return "/v1/inbox" if since is None else f"/v1/inbox?since={since}"
+
+
+def _since(options: dict[str, str]) -> int | None:
     since = options.get("since")
     if since is None:
-        return "/v1/inbox"
-    if not (since.isascii() and since.isdigit()):
+        return None
+    # 20 digits hold any 64-bit version.
+    if not (since.isascii() and since.isdigit() and len(since) <= 20):
         raise UsageError(f"invalid since: {since} (expected a version number)")
-    return f"/v1/inbox?since={since}"
+    return int(since)
+
+
+def _follow(client: SidecarClient, rest: list[str]) -> None:
+    """Print entries as they come, without end. Raises SidecarClientError when the sidecar can't
+    be reached at first, or RECONNECTS times after it could."""
+    since = _since(_options(rest, ("since",)))
+    tries = left = 0
+    while True:
+        try:
+            view = _news(client, since)
+        except SidecarClientError as error:
+            if left == 0 or isinstance(error, _Refused):
+                raise
+            time.sleep(_FIRST_DELAY * 2 ** (tries - left))
+            left -= 1
+            continue
+        tries = left = RECONNECTS
+        since = view["version"]
+        for entry in view["entries"]:
+            line = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
+            _write(line.encode("utf-8", "replace") + b"\n")
+
+
+class _Refused(SidecarClientError):
+    """The sidecar answers, and asking again would not help."""
+
+
+def _news(client: SidecarClient, since: int | None) -> dict[str, Any]:
+    reply = client.signals(since)
+    text = reply.body.decode("utf-8", "replace")
+    if reply.status >= 400:
+        kind = SidecarClientError if reply.status in _BUSY else _Refused
+        raise kind(f"HTTP {reply.status}: {text}")
+    try:
+        view = json.loads(text)
+        if isinstance(view["version"], int) and isinstance(view["entries"], list):
+            return dict(view)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise _Refused(f"the sidecar's answer is no inbox: {text[:200]}")
 
 
 def _send(client: SidecarClient, options: dict[str, str]) -> bytes:

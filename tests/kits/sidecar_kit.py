@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from voidbus.sidecar.event import SidecarEvent
-from voidbus.sidecar.model import InboxEntry, InboxSnapshot
+from voidbus.sidecar.model import InboxEntry, InboxSnapshot, SidecarSnapshot
 from voidbus.sidecar.server import Address, SidecarServer
+from voidbus.sidecar.signals import Bounds
 from voidbus.sidecar.state import Limits, SidecarState
 
 RUN_ID = "run-7"
@@ -73,17 +75,49 @@ class RunningSidecar:
 
 @contextmanager
 def running_sidecar(
-    listen: Address | Path = ("127.0.0.1", 0), limits: Limits | None = None
+    listen: Address | Path = ("127.0.0.1", 0),
+    limits: Limits | None = None,
+    *,
+    bounds: Bounds | None = None,
+    snapshot: SidecarSnapshot | None = None,
 ) -> Iterator[RunningSidecar]:
     events: list[SidecarEvent] = []
     state = SidecarState(execution_id=RUN_ID, candidate_id=RUN_ID, limits=limits)
-    server = SidecarServer(state, run_id=RUN_ID, listen=listen, on_event=events.append)
+    if snapshot is not None:
+        state.restore(snapshot)
+    server = SidecarServer(
+        state, run_id=RUN_ID, listen=listen, on_event=events.append, bounds=bounds
+    )
     running = RunningSidecar(server, events)
     running.address = server.start(timeout=10)
     try:
         yield running
     finally:
         server.stop(timeout=10)
+
+
+@contextmanager
+def answering(answer: bytes, *, stay_open: bool = False) -> Iterator[str]:
+    """A server that gives one connection these bytes."""
+    done = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(answer)
+            if stay_open:
+                done.wait(20)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            done.set()
+            thread.join(10)
 
 
 def intent(payload: Any = "p", **changes: Any) -> dict[str, Any]:

@@ -182,11 +182,6 @@ def test_an_unknown_route_is_named(sidecar: RunningSidecar, method: str, path: s
     assert error["message"].startswith(f"no route for {method} /")
 
 
-def test_signals_are_501_and_may_be_tried_again(sidecar: RunningSidecar) -> None:
-    status, error = sidecar.call("GET", "/v1/signals?since=1")
-    assert (status, error["code"], error["retryable"]) == (501, "INTERNAL_ERROR", True)
-
-
 def test_each_thing_that_happens_is_reported(sidecar: RunningSidecar) -> None:
     sidecar.server.load_inbox(inbox(version=1, iteration=1))
     sidecar.post([intent(1), intent(1), intent("x" * 5000)])

@@ -8,15 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
+from sidecar_kit import RunningSidecar, answering, entry, inbox, running_sidecar
 
 import voidbus.sidecar.client as client_module
 import voidbus.sidecar.void_message as tool_module
@@ -228,30 +226,6 @@ def test_no_url_raises_anything_else(text: str) -> None:
     except SidecarClientError:
         return
     raise AssertionError(f"{text!r} was taken for a sidecar's URL")
-
-
-@contextmanager
-def answering(answer: bytes, *, stay_open: bool = False) -> Iterator[str]:
-    """A server that gives one connection these bytes."""
-    done = threading.Event()
-
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(answer)
-            if stay_open:
-                done.wait(20)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            done.set()
-            thread.join(10)
 
 
 @pytest.mark.parametrize(
