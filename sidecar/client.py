@@ -83,15 +83,17 @@ class SidecarClient:
             raise SidecarClientError(f"{URL_VARIABLE} not set")
         return cls(url)
 
-    def signals(self, since: int | None, abort: Abort | None = None) -> Reply:
-        """Wait for news of the inbox since a version (None: everything), for POLL_SECONDS at most.
+    def signals(
+        self, since: int | None, abort: Abort | None = None, *, seconds: float = POLL_SECONDS
+    ) -> Reply:
+        """Wait for news of the inbox since a version (None: everything), for so long at most.
 
         The answer has the inbox's header, and the new entries or none. Raises as `request` does.
         """
-        path = f"/v1/signals?timeout={POLL_SECONDS:g}"
+        path = f"/v1/signals?timeout={seconds:g}"
         if since is not None:
             path += f"&since={since}"
-        return self.request("GET", path, abort=abort, patience=POLL_SECONDS)
+        return self.request("GET", path, abort=abort, patience=seconds)
 
     def request(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from machine_kit import Guest, machines_of, run, shell
+from mcp_kit import call, message
 from sidecar_kit import RunningSidecar, inbox, running_sidecar
 
 from voidbus.vm.qemu.machine import QemuMachine
@@ -81,6 +82,25 @@ def test_every_command_of_void_message_works(place: Place) -> None:
     assert drained.intent_id == accepted["intent_id"]
     assert (drained.kind, drained.audience) == ("evaluation", "leader")
     assert drained.payload == {"summary_text": "good"}
+
+
+def test_void_mcp_serves_its_tools_in_a_guest(place: Place) -> None:
+    place.sidecar.server.load_inbox(inbox("m1"))
+    asked = [
+        message("initialize", 0, protocolVersion="2025-11-25"),
+        call("read_peer_messages", 1),
+        call("recommend_to_leader", 2, summary_text="good", disposition="refine"),
+    ]
+    lines = "\n".join(json.dumps(each) for each in asked)
+    script = f"VOID_SIDECAR_URL={place.url} void-mcp <<'END'\n{lines}\nEND"
+    result = shell(place.guest.channel, script).result()
+    assert (result.exit_code, result.stderr) == (0, b"")
+    answers = {one["id"]: one["result"] for one in map(json.loads, result.stdout.splitlines())}
+    assert answers[0]["serverInfo"]["name"] == "void-mcp"
+    entries = answers[1]["structuredContent"]["entries"]
+    assert [entry["message_id"] for entry in entries] == ["m1"]
+    (drained,) = place.sidecar.server.drain()
+    assert (drained.kind, drained.audience) == ("evaluation", "leader")
 
 
 def test_a_host_port_that_was_not_named_is_refused(place: Place) -> None:

@@ -267,6 +267,7 @@ def test_an_image_without_a_c_library_has_its_root_and_our_tools(tmp_path: Path)
         assert out(channel, "id -un") == "sandbox"
         assert "No such file" in out(channel, "ls /usr/bin")
         assert "VOID_SIDECAR_URL not set" in out(channel, "void-message health")
+        assert "VOID_SIDECAR_URL not set" in out(channel, "void-mcp")
         claudio = run(channel, "claudio", "-p", "hi", "--output-format", "stream-json", "--verbose")
         assert b'"type": "result"' in claudio.stdout
         assert terminal(channel, "id -u", interactive=True).split() == ["1000"]

@@ -227,10 +227,16 @@ def test_every_counter_is_documented_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [MESSAGES, ROOT / "docs/agents.md"], ids=lambda path: path.name
+    ("document", "title"),
+    [
+        (MESSAGES, "Limits"),
+        (ROOT / "docs/agents.md", "Limits"),
+        (ROOT / "docs/agents.md", "Bounds"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else value,
 )
-def test_every_limit_is_what_the_code_has(document: Path) -> None:
-    for what, number, place in tables(section(document, "Limits")):
+def test_every_limit_is_what_the_code_has(document: Path, title: str) -> None:
+    for what, number, place in tables(section(document, title)):
         assert float(number) == value_of(names(place)[0]), what
 
 

@@ -85,6 +85,7 @@ def test_what_a_guest_counts_on_is_in_the_image(
         *("etc/voidbox", "etc/ssl/certs/ca-certificates.crt", "lib64/ld-linux-x86-64.so.2"),
         *(f"lib/modules/{release}/modules.dep", "usr/lib/python3.11/json/__init__.pyc"),
         *("usr/lib/voidbus/guest/agent.py", "usr/lib/voidbus/sidecar/void_message.py"),
+        *("usr/lib/voidbus/mcp/void_mcp.py", "usr/local/bin/void-mcp"),
         "usr/lib/voidbus/guest/__pycache__/agent.cpython-311.pyc",
     ):
         assert exists(contents, path), path

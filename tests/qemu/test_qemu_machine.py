@@ -157,7 +157,9 @@ class TestQemuMachine(MachineConformance, FileWatchConformance):
 
     def test_every_program_the_image_promises_is_there_and_runs(self, shared: Guest) -> None:
         programs = default_store().current().manifest.programs
-        assert {"void-message", "claudio", "python3", "sh"} <= {Path(p).name for p in programs}
+        assert {"void-message", "void-mcp", "claudio", "python3", "sh"} <= {
+            Path(p).name for p in programs
+        }
         # 126 and 127 are the shell's words for what can't be run; busybox's own say 1 to --help.
         script = (
             'for program; do "$program" --help </dev/null >/dev/null 2>&1; code=$?;'

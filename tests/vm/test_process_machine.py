@@ -94,9 +94,12 @@ class TestProcessMachine(MachineConformance, FileWatchConformance):
         assert "so nothing may run" in result.error
 
     def test_the_tools_are_on_the_path(self, guest: Guest) -> None:
-        for tool in ("claudio", "claude-code", "void-message"):
+        for tool in ("claudio", "claude-code", "void-message", "void-mcp"):
             found = run(guest.channel, "which", tool)
             assert found.stdout.decode().strip().endswith(f"/usr/local/bin/{tool}")
+
+    def test_void_mcp_finds_the_files_it_is_made_of(self, guest: Guest) -> None:
+        assert run(guest.channel, "void-mcp", "--help").stdout.startswith(b"usage: void-mcp")
 
     def test_a_start_that_fails_tells_what_the_console_said(self, make: MakeGuest) -> None:
         guest = make(scratch=Path("/proc/nowhere"))

@@ -30,6 +30,7 @@ TOOLS = {
     "claudio": _GUEST / "claudio.py",
     "claude-code": _GUEST / "claudio.py",
     "void-message": _SIDECAR / "void_message.py",
+    "void-mcp": _SIDECAR.parent / "mcp/void_mcp.py",
 }
 """Programs every guest has, and the file each of them is."""
 
