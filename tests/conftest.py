@@ -52,6 +52,12 @@ def _has_passt() -> bool:
     return available() is None
 
 
+def _has_mcp_sdk() -> bool:
+    from mcp_sdk import sdk_python
+
+    return sdk_python() is not None
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
@@ -61,6 +67,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "passt": _has_passt,
     "socat": lambda: shutil.which("socat") is not None,
     "squashfs": lambda: shutil.which("mksquashfs") is not None,
+    "mcp-sdk": _has_mcp_sdk,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
 }
 
