@@ -5,7 +5,7 @@ servers, send `Content-Length: N`, a blank line and N bytes instead. Either is r
 message, and answered in kind.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from voidbus.mcp.jsonrpc import MAX_MESSAGE_BYTES
 
@@ -17,16 +17,14 @@ _LENGTH = b"content-length"
 _HEADERS = (_LENGTH, b"content-type")
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A message's bytes, and whether a header told their length."""
 
     data: bytes
     has_header: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """What was passed over, and why."""
 
     why: str

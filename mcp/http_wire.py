@@ -1,6 +1,6 @@
 """HTTP/1.1 requests out of bytes (RFC 9112), for a server of one endpoint. No I/O."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from voidbus.mcp.jsonrpc import MAX_MESSAGE_BYTES
 
@@ -39,8 +39,7 @@ class HttpFault(Exception):
         self.message = message
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """A request's line and headers; header names are in lower case."""
 
     method: str
@@ -49,8 +48,7 @@ class Head:
     keep_alive: bool
 
 
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
+class HttpRequest(NamedTuple):
     """A whole request."""
 
     head: Head

@@ -1,8 +1,11 @@
-"""JSON-RPC 2.0 (https://www.jsonrpc.org/specification): bytes to messages, answers to bytes."""
+"""JSON-RPC 2.0 (https://www.jsonrpc.org/specification): bytes to messages, answers to bytes.
+
+Records are named tuples here and in the other files of void-mcp, not dataclasses: those load
+inspect, which would be a third of the program's start.
+"""
 
 import json
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -33,25 +36,22 @@ class RpcError(Exception):
         self.data = data
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """Something that wants an answer."""
 
     id: RequestId
     method: str
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = {}  # noqa: RUF012 - nobody changes what was received
 
 
-@dataclass(frozen=True, slots=True)
-class Notification:
+class Notification(NamedTuple):
     """Something that wants none. A response counts as one without a name: we ask nothing."""
 
     method: str
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = {}  # noqa: RUF012 - nobody changes what was received
 
 
-@dataclass(frozen=True, slots=True)
-class Invalid:
+class Invalid(NamedTuple):
     """Something that is neither; `answer` is what to say about it."""
 
     answer: dict[str, Any]
@@ -60,8 +60,7 @@ class Invalid:
 Incoming = Request | Notification | Invalid
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """What came at once: a message, or with `is_batch` the messages of an array."""
 
     messages: tuple[Incoming, ...]

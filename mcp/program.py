@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import FrameType
+from typing import NamedTuple
 
 from voidbus.sidecar.client import SidecarClient, SidecarClientError
 
@@ -29,8 +29,7 @@ class UsageError(Exception):
     """The command line can't be carried out as it stands."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """What the command line asks for; `port` is None for standard input and output."""
 
     port: int | None = None

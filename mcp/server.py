@@ -5,8 +5,7 @@ came of it back with `finish`. A session is not thread-safe; its driver guards i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from voidbus.mcp import inbox_resource, tools, versions
 from voidbus.mcp.jsonrpc import (
@@ -46,28 +45,25 @@ _LISTS_KEEP_MS = 3_600_000  # how long a client may keep what does not change wh
 Answer = Reply | SidecarClientError
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Something to send to the client."""
 
     body: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """End the work of this request; its client no longer wants it."""
 
     id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """A question for the sidecar. `complete` makes the answer's result of what it says; it
     raises RpcError. With `watches`, the inbox is to be watched from the answer's version on."""
 
     id: RequestId
     ask: Ask
-    complete: Callable[[Answer], dict[str, Any] | None] = field(compare=False)
+    complete: Callable[[Answer], dict[str, Any] | None]
     watches: bool = False
 
 

@@ -6,8 +6,7 @@ ends a session. Since 2026-07-28 there are no sessions, and POST alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from voidbus.mcp import versions
 from voidbus.mcp.http_wire import Head, HttpFault, HttpRequest
@@ -57,8 +56,7 @@ _NAMES = {"tools/call": "name", "resources/read": "uri"}
 Perform = Callable[[Link, Work], list[dict[str, Any]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Respond:
+class Respond(NamedTuple):
     """One answer."""
 
     status: int
@@ -68,8 +66,7 @@ class Respond:
     """Whether the client takes server-sent events only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(NamedTuple):
     """A stream of what a client is to be told, after `first`; `is_own`: the client is gone with
     it."""
 

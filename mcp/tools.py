@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from voidbus.sidecar.client import Reply, SidecarClientError
 
@@ -16,18 +15,16 @@ class BadArguments(Exception):
     """A tool's arguments are not what its schema says; the text is for the model."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """One request to the sidecar."""
 
     method: str
     path: str
     body: bytes | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+class Tool(NamedTuple):
     """A tool as `tools/list` shows it, and the request its arguments become."""
 
     name: str

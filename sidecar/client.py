@@ -2,15 +2,15 @@
 
 Standard library only, and no import of its own package: in a guest this file is copied next
 to the tools that use it. It reads HTTP/1.1 (RFC 9112) by itself, because http.client brings
-email and ssl with it, which is most of what such a tool would load.
+email and ssl with it, which is most of what such a tool would load; and it has no dataclass,
+because that loads inspect.
 """
 
-import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 URL_VARIABLE = "VOID_SIDECAR_URL"
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -30,8 +30,7 @@ class Cancelled(SidecarClientError):
     """The request was ended by its `Abort`."""
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An HTTP answer of any status; `body` is as it came."""
 
     status: int
@@ -166,8 +165,8 @@ def parse_url(url: str) -> tuple[str, int]:
     elif ":" in host:
         raise problem
     try:
-        ipaddress.ip_address(host)
-    except ValueError:
+        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    except (OSError, ValueError):
         raise problem from None
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         raise problem

@@ -223,7 +223,7 @@ def test_the_installed_program_works(sidecar: RunningSidecar) -> None:
 def test_it_loads_no_more_than_it_needs() -> None:
     script = (
         "import sys, voidbus.mcp.stdio, voidbus.mcp.http_server, voidbus.mcp.program\n"
-        "heavy = {'ssl', 'email', 'asyncio', 'logging', 'http.client', 'pydantic'}\n"
+        "heavy = {'ssl', 'email', 'asyncio', 'logging', 'http.client', 'pydantic', 'inspect'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)\n"
     )
     done = subprocess.run(

@@ -221,7 +221,7 @@ def test_a_client_that_does_not_read_is_told_so_and_dropped(tmp_path: Path) -> N
         sidecar.server.load_inbox(inbox("a", version=1, payload="x" * 4_000_000))
         lines = ("GET /v1/signals HTTP/1.1", "Accept: text/event-stream")
         with asking(sidecar, *lines) as connection:
-            wait_for_followers(sidecar, 1)
+            connection.recv(1, socket.MSG_PEEK)  # it has begun
             wait_for_followers(sidecar, 0)
             with Stream(connection) as stream:
                 assert stream.next()["id"] == "1"
