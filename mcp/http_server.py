@@ -45,7 +45,7 @@ STOP_SECONDS = 5.0
 
 _BACKLOG = 64
 _PAUSE = 0.5  # seconds before accepting again when there is no descriptor or no thread
-_BUSY = HttpFault(503, f"{MAX_CONNECTIONS} connections are open, which is the limit")
+_BUSY = HttpFault(503, "as many connections are open as there is room for; close one")
 
 
 class HttpServer:
@@ -92,17 +92,23 @@ class HttpServer:
     def _begin(self, connection: socket.socket) -> None:
         connection.setblocking(True)
         connection.settimeout(WRITE_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it may have gone already; its thread will find out
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
         with self._lock:
-            full = len(self._open) >= MAX_CONNECTIONS
-            if not full:
+            room = len(self._open) < MAX_CONNECTIONS
+            if room:
                 self._open[thread] = connection
-        if full:
-            with connection, contextlib.suppress(OSError):
-                connection.sendall(response(_BUSY.status, refusal(_BUSY), keep_alive=False))
-            return
-        thread.start()
+        if room:
+            try:
+                thread.start()
+            except RuntimeError:  # the guest gives us no thread more
+                with self._lock:
+                    del self._open[thread]
+            else:
+                return
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(response(_BUSY.status, refusal(_BUSY), keep_alive=False))
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -122,7 +128,8 @@ class HttpServer:
             with contextlib.suppress(OSError):  # it has ended by itself
                 connection.shutdown(socket.SHUT_RD)
         for thread in left:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.ident is not None:  # a signal may have come between its making and start
+                thread.join(max(0.0, deadline - time.monotonic()))
         if not any(thread.is_alive() for thread in left):
             os.close(self._stopped)
 

@@ -1,5 +1,6 @@
 """The command line of void-mcp, and its life from start to signal."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
         else:
             _serve_http(client, options.port)
     except (UsageError, SidecarClientError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}")
         return 1
     except _Ended:
         return 0
@@ -103,9 +104,15 @@ def _serve_http(client: SidecarClient, port: int) -> None:
     except OSError as error:
         raise OSError(f"can't listen on {HOST}:{port}: {error.strerror}") from error
     # What waits for us to be ready reads this line; it also names the port that was free.
-    sys.stderr.write(f"void-mcp: serving on http://{HOST}:{server.port}/mcp\n")
-    sys.stderr.flush()
+    _say(f"void-mcp: serving on http://{HOST}:{server.port}/mcp")
     server.run()
+
+
+def _say(text: str) -> None:
+    # Who starts a server in the background may have closed its standard error.
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

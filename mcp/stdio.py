@@ -66,8 +66,13 @@ class StdioServer:
     def _start(self, work: Work) -> None:
         # The session's own bound on work under way is the bound on these threads.
         worker = threading.Thread(target=self._perform, args=(work,), daemon=True)
-        self._workers = {each for each in self._workers if each.is_alive()} | {worker}
-        worker.start()
+        self._workers = {each for each in self._workers if each.is_alive()}
+        try:
+            worker.start()
+        except RuntimeError:  # the guest gives us no thread more: then one after the other
+            self._perform(work)
+        else:
+            self._workers.add(worker)
 
     def _perform(self, work: Work) -> None:
         for body in self._link.perform(work):

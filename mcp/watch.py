@@ -55,7 +55,10 @@ class Watch:
                 name="inbox-watch",
                 daemon=True,
             )
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # the guest gives us no thread more; the next who asks tries again
+                self._thread = None
 
     def look(self) -> None:
         """Stop watching when nobody wants it."""

@@ -53,9 +53,9 @@ def _has_passt() -> bool:
 
 
 def _has_mcp_sdk() -> bool:
-    from mcp_sdk import sdk_python
+    from mcp_sdk import SDK_VERSIONS, sdk_python
 
-    return sdk_python() is not None
+    return all(sdk_python(version) for version in SDK_VERSIONS)
 
 
 CAPABILITIES: dict[str, Callable[[], bool]] = {

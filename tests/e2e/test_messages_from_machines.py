@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections.abc import Iterator
 
 import pytest
 from machine_kit import Guest, machines_of, run, shell
 from mcp_kit import call, message
-from sidecar_kit import RunningSidecar, inbox, running_sidecar
+from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
 
 from voidbus.vm.qemu.machine import QemuMachine
 
@@ -82,6 +83,19 @@ def test_every_command_of_void_message_works(place: Place) -> None:
     assert drained.intent_id == accepted["intent_id"]
     assert (drained.kind, drained.audience) == ("evaluation", "leader")
     assert drained.payload == {"summary_text": "good"}
+
+
+def test_a_guest_follows_its_inbox_without_polling(place: Place) -> None:
+    place.sidecar.server.load_inbox(inbox("m1"))
+    script = f"VOID_SIDECAR_URL={place.url} exec void-message inbox --follow"
+    following = shell(place.guest.channel, script, timeout=60)
+    following.wait_for(b'"m1"')
+    place.sidecar.server.push_message(entry("m2"))
+    following.wait_for(b'"m2"')
+    following.handle.signal(signal.SIGINT)
+    result = following.result()
+    assert (result.exit_code, result.stderr) == (130, b"")
+    assert [json.loads(line)["message_id"] for line in result.stdout.splitlines()] == ["m1", "m2"]
 
 
 def test_void_mcp_serves_its_tools_in_a_guest(place: Place) -> None:

@@ -1,4 +1,4 @@
-"""The official MCP Python SDK, in an environment of its own that is made once."""
+"""The official MCP Python SDK, each generation in an environment of its own that is made once."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SDK_VERSION = "2.3.0"
+SDK_VERSIONS = ("2.3.0", "1.30.0")
+"""The newest of each generation: most clients of the day are built on the first."""
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FOLDER = _ROOT / "build" / f"mcp-sdk-{SDK_VERSION}"
+_BUILD = _ROOT / "build"
 _DRIVER = Path(__file__).with_name("mcp_sdk_client.py")
 _INSTALL_SECONDS = 150.0
 
 
 @cache
-def sdk_python() -> Path | None:
+def sdk_python(version: str) -> Path | None:
     """The interpreter that has the SDK, made on first use; None where pip can't get it."""
-    python = _FOLDER / "bin/python"
-    _FOLDER.parent.mkdir(exist_ok=True)
+    folder = _BUILD / f"mcp-sdk-{version}"
+    _BUILD.mkdir(exist_ok=True)
     # Several runs of the tests may find it missing at once.
-    with (_FOLDER.parent / "mcp-sdk.lock").open("w") as lock:
+    with (_BUILD / "mcp-sdk.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = _FOLDER / "complete"
-        if not done.exists() and _install(python):
+        done = folder / "complete"
+        if not done.exists() and _install(folder, version):
             done.touch()
-        return python if done.exists() else None
+        return folder / "bin/python" if done.exists() else None
 
 
-def _install(python: Path) -> bool:
+def _install(folder: Path, version: str) -> bool:
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")
     commands = (
-        (sys.executable, "-m", "venv", "--clear", str(_FOLDER)),
-        (str(python), *pip, "--timeout", "10", f"mcp=={SDK_VERSION}"),
+        (sys.executable, "-m", "venv", "--clear", str(folder)),
+        (str(folder / "bin/python"), *pip, "--timeout", "10", f"mcp=={version}"),
     )
     try:
         return all(
@@ -131,8 +132,8 @@ class Sdk:
 
 
 @contextmanager
-def sdk() -> Iterator[Sdk]:
-    python = sdk_python()
+def sdk(version: str) -> Iterator[Sdk]:
+    python = sdk_python(version)
     assert python is not None
     process = Sdk(python)
     try:

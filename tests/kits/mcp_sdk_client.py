@@ -14,12 +14,14 @@ import functools
 import importlib
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 # By name, since to the type checker `mcp` would be the folder beside us.
 sdk: Any = importlib.import_module("mcp")
 session_module: Any = importlib.import_module("mcp.client.session")
+IS_FIRST = not hasattr(sdk, "Client")  # of the SDK's two generations
+Fault: Any = sdk.McpError if IS_FIRST else sdk.MCPError
 
 PATIENCE = 20.0
 
@@ -104,10 +106,58 @@ async def outcome(step: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
     try:
         async with asyncio.timeout(PATIENCE):
             return {"result": dumped(await step())}
-    except sdk.MCPError as error:
+    except Fault as error:
         return {"error": {"code": error.error.code, "message": error.error.message}}
     except TimeoutError:
         return {"failed": "timeout"}
+
+
+@contextlib.asynccontextmanager
+async def second_generation(setup: dict[str, Any], heard: Any) -> AsyncIterator[Any]:
+    if setup["mode"] == "legacy":
+        # The SDK asks for its newest; older clients ask for theirs.
+        session_module.LATEST_HANDSHAKE_VERSION = setup["version"]
+    server = setup["url"] or parameters(setup)
+    async with sdk.Client(server, mode=setup["mode"], message_handler=heard) as client:
+        yield client
+
+
+class First:
+    """A session of the SDK's first generation, by the names the second has."""
+
+    def __init__(self, session: Any, begun: Any) -> None:
+        self.session = session
+        self.protocol_version = begun.protocolVersion
+        self.server_info = begun.serverInfo
+        self.server_capabilities = begun.capabilities
+        self.instructions = begun.instructions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    async def read_resource(self, uri: str, cache_mode: str) -> Any:
+        return await self.session.read_resource(uri)
+
+
+@contextlib.asynccontextmanager
+async def first_generation(setup: dict[str, Any], heard: Any) -> AsyncIterator[Any]:
+    importlib.import_module("mcp.types").LATEST_PROTOCOL_VERSION = setup["version"]  # type: ignore[attr-defined]
+    if setup["url"]:
+        http: Any = importlib.import_module("mcp.client.streamable_http")
+        transport = http.streamablehttp_client(setup["url"])
+    else:
+        stdio: Any = importlib.import_module("mcp.client.stdio")
+        transport = stdio.stdio_client(parameters(setup))
+    async with (
+        transport as (reader, writer, *_),
+        sdk.ClientSession(reader, writer, message_handler=heard) as session,
+    ):
+        yield First(session, await session.initialize())
+
+
+def parameters(setup: dict[str, Any]) -> Any:
+    program, *arguments = setup["command"]
+    return sdk.StdioServerParameters(command=program, args=arguments, env=setup["env"])
 
 
 def say(answer: Any) -> None:
@@ -120,19 +170,14 @@ async def read_line() -> dict[str, Any] | None:
 
 
 async def converse(setup: dict[str, Any]) -> None:
-    if setup["mode"] == "legacy":
-        # The SDK asks for its newest; older clients ask for theirs.
-        session_module.LATEST_HANDSHAKE_VERSION = setup["version"]
-    server: Any = setup["url"] or sdk.StdioServerParameters(
-        command=setup["command"][0], args=setup["command"][1:], env=setup["env"]
-    )
     told: asyncio.Queue[dict[str, Any]] = asyncio.Queue(100)
 
     async def heard(message: Any) -> None:
         failed = isinstance(message, Exception)
         told.put_nowait({"failed": repr(message)} if failed else dumped(message))
 
-    async with sdk.Client(server, mode=setup["mode"], message_handler=heard) as client:
+    connect = first_generation if IS_FIRST else second_generation
+    async with connect(setup, heard) as client:
         driver = Driver(client, told)
         async with driver.streams:
             say(await outcome(driver.info))

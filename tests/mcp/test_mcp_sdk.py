@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 from mcp_kit import INBOX, PROGRAM, STATELESS, VERSIONS, http_mcp, stuck_sidecar
-from mcp_sdk import Sdk, SdkClient, sdk
+from mcp_sdk import SDK_VERSIONS, Sdk, SdkClient, sdk
 from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
 
 # The first of these tests makes the SDK's environment.
-pytestmark = [pytest.mark.needs("mcp-sdk"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs("mcp-sdk"), pytest.mark.timeout(400)]
 
 Connect = Callable[[str, str], AbstractContextManager[SdkClient]]
 TOOLS = [
@@ -21,10 +21,16 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[Sdk]:
-    with sdk() as process:
+NEWEST, FIRST = SDK_VERSIONS
+
+
+@pytest.fixture(scope="module", params=[NEWEST])
+def process(request: pytest.FixtureRequest) -> Iterator[Sdk]:
+    with sdk(request.param) as process:
         yield process
+
+
+both_generations = pytest.mark.parametrize("process", SDK_VERSIONS, indirect=True)
 
 
 @pytest.fixture(params=["stdio", "http"])
@@ -52,7 +58,11 @@ def sidecar() -> Iterator[RunningSidecar]:
         yield running
 
 
-@pytest.mark.parametrize("version", [*VERSIONS, STATELESS])
+_each = [(NEWEST, version) for version in (*VERSIONS, STATELESS)]
+_each += [(FIRST, version) for version in VERSIONS]
+
+
+@pytest.mark.parametrize(("process", "version"), _each, indirect=["process"])
 def test_each_version_is_agreed_on_and_every_tool_and_resource_works(
     connect: Connect, version: str, sidecar: RunningSidecar
 ) -> None:
@@ -83,7 +93,11 @@ def test_each_version_is_agreed_on_and_every_tool_and_resource_works(
         assert json.loads(content["text"])["version"] == 3
 
 
-@pytest.mark.parametrize("version", ["2025-11-25", STATELESS])
+@pytest.mark.parametrize(
+    ("process", "version"),
+    [(NEWEST, "2025-11-25"), (NEWEST, STATELESS), (FIRST, "2025-11-25")],
+    indirect=["process"],
+)
 def test_errors_of_tools_are_results_and_others_are_the_protocols(
     connect: Connect, version: str, sidecar: RunningSidecar
 ) -> None:
@@ -100,6 +114,7 @@ def test_errors_of_tools_are_results_and_others_are_the_protocols(
         assert gone["isError"] is True
 
 
+@both_generations
 def test_a_subscriber_is_told_of_what_arrives(connect: Connect, sidecar: RunningSidecar) -> None:
     with connect(sidecar.url, "2025-11-25") as client:
         assert client.do("subscribe", uri=INBOX) is not None
