@@ -16,11 +16,11 @@ from typing import Any
 from aiohttp import web
 
 from voidbus.gateway.api import Api
-from voidbus.gateway.connections import Connections
 from voidbus.gateway.problems import Code, Problem
 from voidbus.gateway.router import MAX_BODY, Call, Route, Router
 from voidbus.gateway.routes import ROUTES
 from voidbus.gateway.token import authorized
+from voidbus.sidecar.connection import Connections
 from voidbus.transport.node import Node
 
 log = logging.getLogger("voidbus.gateway")
@@ -31,6 +31,15 @@ _http_log.setLevel(logging.CRITICAL + 1)
 _START_SECONDS = 5.0
 # What answers under way may take to finish when the gateway stops.
 _GOODBYE = 1.0
+MAX_CONNECTIONS = 1024
+"""Connections open at once, on all addresses together."""
+
+IDLE_SECONDS = 75.0
+"""How long a connection may be without a request under way: before the first, and between two."""
+
+STALLED_SECONDS = 60.0
+"""How long a client may read nothing of an answer that waits for it."""
+
 # Of a header: a line, and their number.
 _MAX_LINE = 16 * 1024
 _MAX_HEADERS = 100
@@ -111,8 +120,12 @@ class Server:
             max_line_size=_MAX_LINE,
             max_field_size=_MAX_LINE,
             max_headers=_MAX_HEADERS,
+            # What is asked of the bus for a client that has gone need not be waited for.
+            handler_cancellation=True,
         )
-        connections = desk.connections = Connections(http)
+        connections = desk.connections = Connections(
+            http, limit=MAX_CONNECTIONS, deadline=IDLE_SECONDS, stalled=STALLED_SECONDS
+        )
         for door in self._doors:
             connections.listen(door.listener, door.tls)
         ready.set()
@@ -148,9 +161,8 @@ class _Desk:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         assert self.connections is not None
-        connection = self.connections.open.get(request.transport) if request.transport else None
-        if connection is not None:
-            connection.begin()
+        transport = request.transport
+        self.connections.cut_in(transport, None)
         began = time.monotonic()
         route = "none"
         response: web.StreamResponse
@@ -173,8 +185,7 @@ class _Desk:
             log.exception("%s %s failed", request.method, request.path[:200])
             response = _failed().response()
         finally:
-            if connection is not None:
-                connection.end()
+            self.connections.cut_in(transport, IDLE_SECONDS)
         self._api.metrics.served(route, response.status, time.monotonic() - began)
         return response
 

@@ -141,7 +141,7 @@ class SidecarServer:
         if self._stopping:
             return
         signals = Signals(
-            self, lambda transport, seconds: connections.prolong(transport, seconds), self._bounds
+            self, lambda transport, seconds: connections.cut_in(transport, seconds), self._bounds
         )
         http = web.Server(
             Routes(self, signals),

@@ -55,7 +55,14 @@ RULES = {
     "sidecar": Rule(third=frozenset({"aiohttp"}) | PYDANTIC),
     "mcp": Rule(("voidbus.sidecar.client",)),
     "gateway": Rule(
-        ("voidbus.transport", "voidbus.actors.runtime", "voidbus.actors.messages", "voidbus.spec"),
+        (
+            "voidbus.transport",
+            "voidbus.actors.runtime",
+            "voidbus.actors.messages",
+            "voidbus.spec",
+            # What bounds the connections of an HTTP server is written once.
+            "voidbus.sidecar.connection",
+        ),
         frozenset({"aiohttp", "prometheus_client"}) | PYDANTIC,
     ),
     "spec": Rule(third=frozenset({"yaml"}) | PYDANTIC),
