@@ -253,6 +253,32 @@ class MachineConformance:
         assert run(shared.channel, "cat", "in.txt").stdout == b"hello"
         assert run(shared.channel, "cat", "/workspace/in.txt").stdout == b"hello"
 
+    @pytest.mark.parametrize("folder", ["/workspace", "/workspace/sub", "sub", "/home/sandbox"])
+    def test_a_program_starts_in_the_working_directory_it_is_given(
+        self, shared: Guest, folder: str
+    ) -> None:
+        shared.channel.mkdir("/workspace/sub", WAIT)
+        result = Running(shared.channel, ExecCall("pwd", working_dir=folder)).result()
+        assert (result.exit_code, result.error) == (0, None)
+        assert result.stdout.decode().strip().endswith(folder)
+
+    def test_a_working_directory_that_is_not_there_is_an_error_of_that_program(
+        self, shared: Guest
+    ) -> None:
+        call = ExecCall("pwd", working_dir="/workspace/nowhere")
+        expected = (
+            "could not start 'pwd': working directory /workspace/nowhere: No such file or directory"
+        )
+        assert Running(shared.channel, call).result().error == expected
+        with pytest.raises(ChannelFault, match="working directory /workspace/nowhere: No such"):
+            shared.channel.open_pty(
+                PtyCall("pwd", working_dir="/workspace/nowhere"),
+                lambda _: None,
+                lambda _: None,
+                WAIT,
+            )
+        assert run(shared.channel, "pwd").exit_code == 0
+
     def test_output_larger_than_memory_for_it_keeps_its_end_and_is_flagged(
         self, shared: Guest
     ) -> None:

@@ -21,7 +21,7 @@ from .exec_messages import (
     encode_exec_chunk,
     encode_exec_response,
 )
-from .execution import Execution
+from .execution import Execution, unstarted
 from .file_requests import FileRequests
 from .files import Files
 from .forward import StreamPump
@@ -324,7 +324,8 @@ class Connection:
             try:
                 self._pty = PtySession(request, host.place, host.children, host.identity)
             except (OSError, ValueError) as reason:
-                self._opened(request_id, f"could not start {request.program!r}: {reason}")
+                text = unstarted(host.place, request.program, request.working_dir, reason)
+                self._opened(request_id, text)
                 return
 
             def send(kind: MessageType, data: bytes) -> None:

@@ -14,7 +14,7 @@ from typing import IO
 from .descendants import Children, descendants, send_signal
 from .exec_messages import ExecChunk, ExecRequest, ExecResponse, Stream
 from .identity import Identity
-from .place import Place
+from .place import WORKSPACE, Place
 
 DRAIN_SECONDS = 0.5
 """How long output is still read after the program exited, when something it started holds
@@ -102,7 +102,7 @@ class Execution:
         try:
             child = self._start()
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            text = f"could not start {self._request.program!r}: {error}"
+            text = unstarted(self._place, self._request.program, self._request.working_dir, error)
             return ExecResponse(b"", b"", -1, text, _milliseconds(began))
         timer: threading.Timer | None = None
         if self._request.timeout_secs:
@@ -234,6 +234,15 @@ class Execution:
             -code if code < 0 else None,
             out.truncated or err.truncated,
         )
+
+
+def unstarted(place: Place, program: str, working_dir: str | None, error: Exception) -> str:
+    """Why a program could not be started, in words for the host."""
+    what = f"could not start {program!r}"
+    # Popen names what could not be had: the program or the directory.
+    if isinstance(error, OSError) and error.filename == place.working_dir(working_dir):
+        return f"{what}: working directory {working_dir or WORKSPACE}: {error.strerror}"
+    return f"{what}: {error}"
 
 
 def _write_some(fd: int, pending: memoryview) -> memoryview:

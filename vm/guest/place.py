@@ -54,7 +54,11 @@ class Place:
         return text
 
     def working_dir(self, requested: str | None) -> str:
-        return self.path(requested or WORKSPACE)
+        """Where a program starts; a relative path is one of the workspace's."""
+        requested = requested or WORKSPACE
+        if not requested.startswith("/"):
+            requested = f"{WORKSPACE}/{requested}"
+        return self.path(requested)
 
     def environment(self, requested: Iterable[tuple[str, str]], *, pty: bool) -> dict[str, str]:
         """The whole environment of a program; what the request names wins."""
