@@ -24,7 +24,8 @@ class Forward:
 
 @dataclass(frozen=True)
 class Mount:
-    """A directory of the host that the guest sees at ``guest_path``."""
+    """A directory of the host that the guest sees at ``guest_path``. One that is ``writable`` is
+    made where it is missing."""
 
     host_path: Path
     guest_path: str

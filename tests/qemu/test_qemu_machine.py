@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
+from mount_kit import MountConformance
 from watch_kit import FileWatchConformance
 
 from voidbus.vm.faults import ChannelFault, FaultReason
@@ -24,7 +25,7 @@ from voidbus.vm.qemu.machine import QemuMachine
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(240)]
 
 
-class TestQemuMachine(MachineConformance, FileWatchConformance):
+class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance):
     machine_type = QemuMachine
 
     def test_it_says_that_it_isolates(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,16 +10,17 @@ from pathlib import Path
 
 import pytest
 from machine_kit import WAIT, Guest, MachineConformance, MakeGuest, run, shell
-from watch_kit import FileWatchConformance
+from mount_kit import MountConformance
+from watch_kit import FileWatchConformance, watch
 
 from voidbus.vm.channel import ExecResult
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import descendants, stat_fields
-from voidbus.vm.machine import MachineError
+from voidbus.vm.machine import MachineError, Mount
 from voidbus.vm.process.machine import ProcessMachine
 
 
-class TestProcessMachine(MachineConformance, FileWatchConformance):
+class TestProcessMachine(MachineConformance, FileWatchConformance, MountConformance):
     machine_type = ProcessMachine
 
     def test_it_says_that_it_does_not_isolate(self) -> None:
@@ -105,6 +107,69 @@ class TestProcessMachine(MachineConformance, FileWatchConformance):
         guest = make(scratch=Path("/proc/nowhere"))
         with pytest.raises(MachineError, match="m0: the guest agent could not be started"):
             guest.machine.start(WAIT)
+
+    def test_a_read_only_mount_says_that_it_does_not_hold_programs(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        (tmp_path / "shared").mkdir()
+        guest = make(
+            mounts=(
+                Mount(tmp_path / "shared", "/tmp/shared"),
+                Mount(tmp_path / "other", "/home/sandbox/other", writable=True),
+            )
+        ).start()
+        (warning,) = guest.machine.warnings
+        assert warning.startswith("mount of /tmp/shared: a mock machine can't keep programs from")
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/", "/workspace", "/home/sandbox/", "/etc/voidbox/x", "/usr/x", "workspace/x",
+         "/workspace/../etc", "/workspacex/y", "/home", "/workspace/\0", ""],
+    )  # fmt: skip
+    def test_a_mount_outside_its_own_directories_is_refused(
+        self, make: MakeGuest, tmp_path: Path, path: str
+    ) -> None:
+        guest = make(mounts=(Mount(tmp_path / "shared", path, writable=True),))
+        with pytest.raises(MachineError, match=r"m0: the mount at .* is not below one of"):
+            guest.machine.start(WAIT)
+        assert not (tmp_path / "shared").exists()
+
+    @pytest.mark.parametrize("inner", ["/workspace/a", "/workspace/a/b", "/workspace//./a/c/d"])
+    def test_a_mount_inside_another_is_refused(
+        self, make: MakeGuest, tmp_path: Path, inner: str
+    ) -> None:
+        guest = make(
+            mounts=(Mount(tmp_path, inner), Mount(tmp_path, "/workspace/a", writable=True))
+        )
+        with pytest.raises(MachineError, match="is inside the one at /workspace/a"):
+            guest.machine.start(WAIT)
+
+    def test_a_mount_of_a_file_fails_the_start(self, make: MakeGuest, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        guest = make(mounts=(Mount(tmp_path / "file", "/workspace/a"),))
+        with pytest.raises(MachineError, match="file at /workspace/a could not be made: it is no"):
+            guest.machine.start(WAIT)
+
+    def test_removing_the_scratch_directory_leaves_what_was_mounted(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared/f").write_text("x")
+        guest = make(mounts=(Mount(tmp_path / "shared", "/workspace/a", writable=True),)).start()
+        guest.machine.close()
+        shutil.rmtree(guest.machine.spec.scratch)
+        assert (tmp_path / "shared/f").read_text() == "x"
+
+    def test_a_watched_file_s_mount_may_be_taken_away_and_come_back(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        mount = Mount(tmp_path / "shared", "/workspace/a", writable=True)
+        guest = make(mounts=(mount,)).start()
+        told = watch(guest.channel, "/workspace/a/f")
+        (tmp_path / "shared").rename(tmp_path / "old")
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared/f").write_text("12")
+        told.wait_for_last(2)
 
 
 def exits(pidfd: int) -> bool:

@@ -21,7 +21,7 @@ from .files import Files
 from .handshake import EVERYTHING, Flags
 from .identity import Identity
 from .limits import Limits, apply_limits
-from .place import Place
+from .place import HostDirectory, Place
 from .pty_session import MAX_SESSIONS
 from .rules import Rules
 
@@ -34,8 +34,9 @@ ACCEPT_PAUSE = 0.1
 class Settings(NamedTuple):
     """What an agent is started with. ``root`` is "" in a real machine. ``allowed`` None: the
     host tells, or its files do (see rules.py). ``identity`` None: programs run as the agent's
-    own user. ``python`` starts the interpreter. ``on_configure`` does what is to be done to
-    the machine when it is configured, and returns what went wrong since it booted."""
+    own user. ``python`` starts the interpreter. ``mounts`` are the host's directories that are
+    links below the root. ``on_configure`` does what is to be done to the machine when it is
+    configured, and returns what went wrong since it booted."""
 
     secret: bytes
     root: str = ""
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
     flags: Flags = EVERYTHING & ~Flags.CONFIGURE
     telemetry_root: int | None = None
     python: tuple[str, ...] | None = None
+    mounts: tuple[HostDirectory, ...] = ()
     on_configure: Callable[[Configure], tuple[str, ...]] = lambda _: ()
 
 
@@ -56,7 +58,7 @@ class Agent:
         self.flags = settings.flags
         self.identity = settings.identity
         self.telemetry_root = settings.telemetry_root
-        self.place = Place(settings.root, settings.env, settings.python)
+        self.place = Place(settings.root, settings.env, settings.python, settings.mounts)
         self.files = Files(self.place, settings.identity)
         self.children = Children()
         self.exec_slots = threading.BoundedSemaphore(MAX_EXECS)

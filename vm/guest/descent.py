@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .place import Place
-
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -22,16 +20,16 @@ def enter(parent: int, name: str) -> int:
 
 @contextmanager
 def descend(
-    place: Place,
+    start: str,
     names: list[str],
     step: Callable[[int, str], int] = enter,
     visit: Callable[[int], object] = lambda _: None,
 ) -> Iterator[int]:
-    """The opened directory that all the names lead to. ``step`` opens the next one; each,
-    the first and the last included, is shown to ``visit`` before the next is opened. Raises
-    OSError."""
-    # The root "/" (or the scratch directory) is ours; from there on nothing is trusted.
-    fd = os.open(place.root or "/", DIRECTORY)
+    """The opened directory that all the names lead to from ``start``. ``step`` opens the next
+    one; each, the first and the last included, is shown to ``visit`` before the next is opened.
+    Raises OSError."""
+    # Where it starts is ours (see Place.start_of); from there on nothing is trusted.
+    fd = os.open(start, DIRECTORY)
     try:
         visit(fd)
         for name in names:

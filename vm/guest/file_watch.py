@@ -61,10 +61,14 @@ _Identity = tuple[int, int, int, int]
 class _File:
     """What is known of one watched file, and what is to be done about it."""
 
-    def __init__(self, number: int, names: list[str]) -> None:
+    def __init__(self, number: int, names: list[str], place: Place) -> None:
         self.number = number
         """The request id the host is told under."""
-        self.names = names
+        start, way = place.start_of(names[:-1])
+        self.path = "/" + "/".join(names)
+        self.start = start
+        self.names = [*way, names[-1]]
+        """Those from ``start`` on."""
         self.watches: list[int] = []
         """Those of the directories on the way, in order; fewer than names when some are not
         there."""
@@ -153,7 +157,7 @@ class FileWatcher:
             if self._count >= MAX_WATCHED:
                 raise ValueError(f"{MAX_WATCHED} files are watched already; that is the most")
             self._count += 1
-            self._asked.append(_File(number, names))
+            self._asked.append(_File(number, names, self._place))
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -238,12 +242,12 @@ class FileWatcher:
             watches.append(self._inotify.add(directory, mask))
 
         try:
-            with descend(self._place, file.names[:-1], visit=watch):
+            with descend(file.start, file.names[:-1], visit=watch):
                 pass
         except OSError as error:
             missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             if not (missing and watches):
-                fault = f"/{'/'.join(file.names)}: can't be watched: {error.strerror}"
+                fault = f"{file.path}: can't be watched: {error.strerror}"
                 if error.errno == errno.ENOSPC:
                     fault += "; fs.inotify.max_user_watches directories are watched already"
         before, file.watches = file.watches, watches
@@ -271,7 +275,7 @@ class FileWatcher:
     def _find(self, file: _File) -> _Identity | None:
         """Device, inode, size and time of a file; None when there is none of that name."""
         try:
-            with descend(self._place, file.names[:-1]) as directory:
+            with descend(file.start, file.names[:-1]) as directory:
                 found = os.stat(file.names[-1], dir_fd=directory, follow_symlinks=False)
         except OSError:
             return None

@@ -25,6 +25,7 @@ class Files:
 
     def write(self, request: WriteFile) -> Outcome:
         try:
+            self._require_writable(request.path)
             with self._parent(request.path, create=request.create_parents) as (parent, name):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
                 fd = os.open(name, flags, 0o644, dir_fd=parent)
@@ -44,6 +45,7 @@ class Files:
 
     def mkdir(self, path: str) -> Outcome:
         try:
+            self._require_writable(path)
             with self._parent(path, create=True, whole=True):
                 return Outcome(True)
         except (OSError, ValueError) as error:
@@ -82,7 +84,8 @@ class Files:
         directory ``path`` itself."""
         names = names_of(path)
         step = self._enter_or_make if create else enter
-        with descend(self._place, names if whole else names[:-1], step) as parent:
+        start, way = self._place.start_of(names if whole else names[:-1])
+        with descend(start, way, step) as parent:
             yield parent, names[-1]
 
     def _enter_or_make(self, parent: int, name: str) -> int:
@@ -97,6 +100,10 @@ class Files:
             os.close(fd)
             raise
         return fd
+
+    def _require_writable(self, path: str) -> None:
+        if self._place.read_only(names_of(path)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def _own(self, fd: int) -> None:
         if self._identity is not None:

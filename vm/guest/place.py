@@ -4,7 +4,8 @@ In a machine the root is ``/`` and nothing changes. The process machine gives a 
 directory as root; there ``/workspace``, ``/home/sandbox``, ``/etc/voidbox`` and ``/tmp`` mean
 the directories of the same name under it, in file requests and working directories, and so
 do whole arguments and environment values that are or begin with ``/workspace`` or
-``/home/sandbox`` (text in the middle of an argument is left alone).
+``/home/sandbox`` (text in the middle of an argument is left alone). Directories of the host are
+links there; file requests, which follow none, go to such a directory itself.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 WORKSPACE = "/workspace"
 HOME = "/home/sandbox"
 MAPPED = (WORKSPACE, HOME, "/etc/voidbox", "/tmp")  # noqa: S108 - a guest path, not ours
 _SYSTEM_PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
+
+
+class HostDirectory(NamedTuple):
+    """A directory of the host that has a guest path; ``writable`` for the host's requests."""
+
+    guest_path: str
+    host_path: str
+    writable: bool
 
 
 class Place:
@@ -27,17 +37,36 @@ class Place:
         root: str,
         extra_env: tuple[tuple[str, str], ...] = (),
         python: tuple[str, ...] | None = None,
+        mounts: tuple[HostDirectory, ...] = (),
     ) -> None:
         self.root = root.rstrip("/")
         self.extra_env = extra_env
         """What every program gets unless its request says otherwise."""
         self.python = python or (sys.executable,)
         """What starts an interpreter like the agent's own."""
+        self._mounts = [(mount.guest_path.split("/")[1:], mount) for mount in mounts]
 
     def prepare(self) -> None:
         """Make the directories programs count on."""
         for path in (*MAPPED, "/usr/local/bin", "/home/sandbox/.local/bin"):
             os.makedirs(self.root + path, exist_ok=True)  # noqa: PTH103 - pathlib loads slowly
+
+    def start_of(self, names: list[str]) -> tuple[str, list[str]]:
+        """The real directory that the way to a guest path begins in, and the names left from
+        there: the host's directory where the way leads through one, else the root."""
+        mount = self._mount_of(names)
+        if mount is None:
+            return self.root or "/", names
+        return mount[1].host_path, names[len(mount[0]) :]
+
+    def read_only(self, names: list[str]) -> bool:
+        """Whether the guest path is in a directory of the host that is not to be written."""
+        mount = self._mount_of(names)
+        return mount is not None and not mount[1].writable
+
+    def _mount_of(self, names: list[str]) -> tuple[list[str], HostDirectory] | None:
+        found = (mount for mount in self._mounts if names[: len(mount[0])] == mount[0])
+        return next(found, None)
 
     def path(self, guest_path: str) -> str:
         """The real path of a guest path; unchanged outside the mapped directories."""

@@ -28,6 +28,7 @@ from .descendants import kill_descendants
 from .frames import MAX_PAYLOAD
 from .kernel import become_subreaper
 from .limits import Limits, apply_limits
+from .place import HostDirectory
 
 KILL_SECONDS = 5.0
 
@@ -52,6 +53,7 @@ def read_settings(control: socket.socket) -> Settings:
         values["root"],
         None if allowed is None else tuple(allowed),
         tuple((key, value) for key, value in values["env"]),
+        mounts=tuple(HostDirectory(*mount) for mount in values["mounts"]),
     )
 
 

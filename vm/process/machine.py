@@ -20,7 +20,9 @@ from typing import ClassVar
 
 from voidbus.vm.agent_machine import KILL_SECONDS, AgentMachine
 from voidbus.vm.guest.descendants import descendants, kill_descendants, send_signal, stat_fields
+from voidbus.vm.guest.place import HostDirectory
 from voidbus.vm.machine import Lease, MachineError, MachineExit, MachineSpec
+from voidbus.vm.process.mounts import link_mounts, not_enforced
 from voidbus.vm.signal_name import signal_name
 
 _GUEST = Path(__file__).resolve().parent.parent / "guest"
@@ -55,11 +57,14 @@ class ProcessMachine(AgentMachine):
         super().__init__(spec, on_exit=on_exit, on_lease=on_lease)
         self._child: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._mounts: tuple[HostDirectory, ...] = ()
         self._watcher: threading.Thread | None = None
 
     # -- start ----------------------------------------------------------------------------
 
     def _launch(self, deadline: float) -> None:
+        self._mounts = link_mounts(self.spec)
+        self.warnings = not_enforced(self._mounts)
         try:
             self._spawn()
         except OSError as error:
@@ -117,6 +122,7 @@ class ProcessMachine(AgentMachine):
                 "root": str(self.spec.scratch),
                 "allowed": None if allowed is None else list(allowed),
                 "env": list(self.spec.env.items()),
+                "mounts": self._mounts,
             }
         ).encode()
         return struct.pack("<I", len(text)) + text
