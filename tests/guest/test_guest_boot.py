@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from guest_vm import GuestVm, eventually
-from machine_kit import WAIT, run, shell
+from machine_kit import WAIT, Running, run, shell
+from watch_kit import ends, watch
 
-from voidbus.vm.channel import GuestChannel
+from voidbus.vm.channel import ExecCall, GuestChannel
 from voidbus.vm.configure import GuestSettings, configure_guest
 from voidbus.vm.devices.vhost_user_fs import VhostUserFs
 from voidbus.vm.guest.handshake import Flags
@@ -273,6 +274,12 @@ def test_an_image_without_a_c_library_has_its_root_and_our_tools(tmp_path: Path)
         assert terminal(channel, "id -u", interactive=True).split() == ["1000"]
         assert "Read-only" in out(channel, "cat </dev/null >/opt/voidbus/x")
         assert channel.file_stat("/opt/voidbus/usr/bin/python3.11", WAIT).exists
+        told = watch(channel, "/workspace/in/out")
+        channel.mkdir("/workspace/in", WAIT)
+        for folder in ("/workspace", "/workspace/in"):
+            call = ExecCall("sh", ("-c", "echo $PWD >/workspace/in/out"), working_dir=folder)
+            ends(Running(channel, call))
+            told.wait_for_last(len(folder) + 1)
 
 
 @pytest.mark.needs("squashfs")
@@ -344,6 +351,7 @@ def test_a_directory_of_the_host_is_read_or_written_as_it_says(tmp_path: Path) -
     assert (taken / "x").read_text() == "hi\n"
 
 
+@pytest.mark.skipif(shutil.which("busybox") is None, reason="needs a static busybox")
 def test_a_shared_directory_can_be_the_root(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     busybox = Path(shutil.which("busybox") or "").read_bytes()
