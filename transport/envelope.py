@@ -56,7 +56,8 @@ class Envelope:
     `origin` and `sequence` identify it: the sending node's random instance number and its own
     counter (for PUBLISH and MARK: the topic's epoch and sequence number). A reply or fault bears
     the numbers of what it answers. `deadline` is seconds of bus time (the hub's monotonic clock);
-    0 where there is none. `key` marks a repeat of the same command. `body` is JSON.
+    0 where there is none. `key` marks a repeat of the same command. `body` is JSON. `size` is the
+    bytes of body and attachments, for queue bounds.
     """
 
     __slots__ = (
@@ -70,6 +71,7 @@ class Envelope:
         "origin",
         "sender",
         "sequence",
+        "size",
         "tag",
         "trace",
         "version",
@@ -105,6 +107,7 @@ class Envelope:
         self.trace = trace
         self.body = body
         self.attachments = attachments
+        self.size = len(body) + sum(map(len, attachments)) if attachments else len(body)
 
     def frames(self) -> list[bytes]:
         """The frames to send. Raises FrameError when a part is over its limit or unwritable."""
@@ -139,13 +142,6 @@ class Envelope:
         frames = [first, *self.attachments]
         _check_attachments(frames)
         return frames
-
-    @property
-    def size(self) -> int:
-        """Bytes of body and attachments, for queue bounds."""
-        if not self.attachments:
-            return len(self.body)
-        return len(self.body) + sum(map(len, self.attachments))
 
 
 def _check_attachments(frames: Sequence[bytes]) -> None:

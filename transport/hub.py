@@ -157,14 +157,11 @@ class Hub(Node):
     # -- what comes in ---------------------------------------------------------------------
 
     def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        if socket in self._sockets.topics:
-            self._take_subscription(frames)
+        if socket not in self._sockets.rights:
+            self._take_other(socket, frames)
             return
-        if socket in self._sockets.monitors:
-            self._probe_at = self._probe_at or _monotonic() + _PROBE_DELAY
-            return
-        identity = frames[0]
-        envelope = self._parse(frames[1:])
+        identity = frames.pop(0)
+        envelope = self._parse(frames)
         if envelope is None:
             return
         link = self._by_identity.get((socket, identity))
@@ -187,6 +184,13 @@ class Hub(Node):
             self._drop(link.node, FaultReason.LINK_LOST, "the node said goodbye")
         else:
             self.counters["unexpected_kind"] += 1
+
+    def _take_other(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        if socket in self._sockets.topics:
+            self._take_subscription(frames)
+        else:  # a monitor: a connection has ended
+            self._probe_at = self._probe_at or _monotonic() + _PROBE_DELAY
+            self._loop.timers_changed()
 
     def _greet(self, socket: zmq.Socket[bytes], identity: bytes, envelope: Envelope) -> None:
         """An unknown link: it must say who it is before anything else."""
@@ -226,6 +230,7 @@ class Hub(Node):
         self._by_identity[socket, identity] = link
         if self._sweep_at is None:
             self._sweep_at = now + self._link_timeout / 2
+            self._loop.timers_changed()
         welcome = Welcome(
             hub=self.name,
             instance=self.instance,
@@ -307,6 +312,7 @@ class Hub(Node):
         if not self._forwards.note(envelope, link.node, target):
             self._return(envelope, FaultReason.OVERLOADED, "the hub forwards too many asks")
             return
+        self._loop.timers_changed()
         fault = self._send(found, envelope)
         # Where the link was dropped on the way, an ask has been answered already.
         ended = fault and self._forwards.end(identity)

@@ -309,6 +309,7 @@ class Leaf(Node):
 
     def _say_hello(self) -> None:
         self._hello_at = _monotonic() + _HELLO_INTERVAL
+        self._loop.timers_changed()
         if self._dealer is not None:
             # A send looks for new connections at most once a millisecond (libzmq's
             # max_command_delay), this always does: the one just announced may be that new.
@@ -329,6 +330,7 @@ class Leaf(Node):
         if not self._refused:
             self._was_up.clear()
             self._hello_at = _monotonic() if self._connected else None
+            self._loop.timers_changed()
             self._renew = self._is_inproc
         if was_up:
             self.counters["links_lost"] += 1

@@ -123,7 +123,8 @@ class Node(ABC):
             )
             self._deliver_here(delivery)
             return ask
-        ask = Ask(str(address), deadline, on_end)
+        text = str(address)
+        ask = Ask(text, deadline, on_end)
         try:
             body = message.to_json()
         except ValueError as error:
@@ -132,7 +133,7 @@ class Node(ABC):
         number = next(self._numbers)
         envelope = Envelope(
             Kind.ASK,
-            str(address),
+            text,
             f"{self.name}/{sender}",
             origin=self.instance,
             sequence=number,
