@@ -16,6 +16,22 @@ _allocate_lock = threading.Lock
 _monotonic = time.monotonic
 
 
+class Driver(Protocol):
+    """What drives the sockets that bring an answer, and may let the thread that waits do it.
+
+    The main thread may not: what a signal's handler raises there could tear a message in two.
+    """
+
+    main_thread: int
+
+    def wait(self, latch: threading.Lock, timeout: float) -> bool:
+        """Wait until `latch` can be had, and have it. False where `timeout` seconds (-1: no end)
+        have passed before. Not for the main thread."""
+
+    def released(self, latch: threading.Lock) -> None:
+        """To be called when `latch` was released."""
+
+
 class Ask:
     """A question under way. It ends exactly once: with a reply, a fault, or at its deadline.
 
@@ -23,16 +39,33 @@ class Ask:
     given, is called once by whichever thread ends it and must be quick.
     """
 
-    __slots__ = ("_claim", "_waiter", "address", "attachments", "deadline", "on_end", "outcome")
+    __slots__ = (
+        "_awaited",
+        "_claim",
+        "_driver",
+        "_waiter",
+        "address",
+        "attachments",
+        "deadline",
+        "on_end",
+        "outcome",
+    )
 
     def __init__(
-        self, address: str, deadline: float, on_end: Callable[[Ask], None] | None = None
+        self,
+        address: str,
+        deadline: float,
+        on_end: Callable[[Ask], None] | None = None,
+        *,
+        driver: Driver | None = None,
     ) -> None:
         self.address = address
         self.deadline = deadline
         self.outcome: Message | None = None
         self.attachments: Sequence[bytes] = ()
         self.on_end = on_end
+        self._driver = driver
+        self._awaited = False  # by a thread that may drive the sockets meanwhile
         # Two bare locks, half the cost of the Condition in pykka's future: whoever gets the claim
         # ends the ask, and the waiter is held until then.
         self._claim = _allocate_lock()
@@ -45,10 +78,16 @@ class Ask:
             return False
         self.attachments = attachments
         self.outcome = outcome
-        self._waiter.release()
+        self._let_go()
         if self.on_end is not None:
             self.on_end(self)
         return True
+
+    def _let_go(self) -> None:
+        """Let the next one go that waits."""
+        self._waiter.release()
+        if self._awaited and self._driver is not None:
+            self._driver.released(self._waiter)
 
     @property
     def ended(self) -> bool:
@@ -57,8 +96,8 @@ class Ask:
     def wait(self) -> Message:
         """The reply or the Fault; at the deadline, a Fault that says so."""
         if self.outcome is None:
-            if self._waiter.acquire(timeout=max(0.0, self.deadline - _monotonic())):
-                self._waiter.release()
+            if self._wait_for_end(max(0.0, self.deadline - _monotonic())):
+                self._let_go()
             else:
                 self.end(
                     Fault(
@@ -72,6 +111,12 @@ class Ask:
             if self._waiter.acquire(timeout=1.0):
                 self._waiter.release()
         return self.outcome
+
+    def _wait_for_end(self, timeout: float) -> bool:
+        if self._driver is None or threading.get_ident() == self._driver.main_thread:
+            return self._waiter.acquire(timeout=timeout)
+        self._awaited = True
+        return self._driver.wait(self._waiter, timeout)
 
     def result(self) -> Message:
         """The reply. Raises BusError with the fault where there was one."""

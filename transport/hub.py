@@ -51,7 +51,7 @@ class _Link:
 
 
 class Hub(Node):
-    """The node in the middle. `on_join(hello)` and `on_leave(node)` run on its thread.
+    """The node in the middle. `on_join(hello)` and `on_leave(node)` are called where it is driven.
 
     With `hold_work`, nodes on the work endpoint that are not expected get no answer until
     `open_work`: whom to expect is yet to be read, and a refusal would be for good. `remote` are

@@ -39,7 +39,7 @@ _HELLO_INTERVAL = 0.25
 class Leaf(Node):
     """A node with one link, to the hub at `url`.
 
-    `on_link(up)` and `on_refused(detail)` run on the node's thread and must not block.
+    `on_link(up)` and `on_refused(detail)` are called where it is driven, and must not block.
     """
 
     def __init__(

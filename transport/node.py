@@ -19,7 +19,7 @@ from itertools import count
 import zmq
 
 from voidbus.transport.address import Address, AddressError, parse_address
-from voidbus.transport.delivery import Ask, Delivery, PendingAsks, Receiver
+from voidbus.transport.delivery import Ask, Delivery, Driver, PendingAsks, Receiver
 from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
@@ -65,6 +65,7 @@ class Node(ABC):
             name, self, self.counters, queue_limit=queue_limit, queue_bytes=queue_bytes
         )
         self.guard = self._loop.guard
+        self.driver: Driver = self._loop
         self._close_lock = threading.Lock()
         self._sequencer = TopicSequencer()
         self._publish_lock = threading.Lock()
@@ -124,7 +125,7 @@ class Node(ABC):
             self._deliver_here(delivery)
             return ask
         text = str(address)
-        ask = Ask(text, deadline, on_end)
+        ask = Ask(text, deadline, on_end, driver=self._loop)
         try:
             body = message.to_json()
         except ValueError as error:
@@ -174,9 +175,10 @@ class Node(ABC):
         as a Fault.
         """
         address = parse_address(dest) if isinstance(dest, str) else dest
+        node, path = address
         deadline = _monotonic() + timeout
-        if address.node == self.name:
-            delivery = Delivery(address.path, sender, message, deadline)
+        if node == self.name:
+            delivery = Delivery(path, sender, message, deadline)
             if attachments or trace:
                 delivery.attachments, delivery.trace = attachments, trace
             return self._deliver_here(delivery)
@@ -228,7 +230,9 @@ class Node(ABC):
     def subscribe(
         self, prefix: str, on_publication: OnPublication, on_gap: OnGap | None = None
     ) -> Subscription:
-        """Get every publication on topics that begin with `prefix`, on the node's thread.
+        """Get every publication on topics that begin with `prefix`.
+
+        `on_publication` is called by the thread that drives the node, and must be quick.
 
         `on_gap` is the catch-up hook: it is told which numbers were lost, to fetch them elsewhere.
         Raises AddressError for a prefix over PREFIX_LIMIT bytes.
@@ -243,7 +247,9 @@ class Node(ABC):
         self._loop.call(lambda: self._remove_subscription(subscription))
 
     def wake_at(self, moment: float, run: Callable[[], None]) -> None:
-        """Call `run` on the node's thread at `moment` (monotonic), once; it must be quick.
+        """Have the thread that drives the node call `run` at `moment` (monotonic), once.
+
+        It must be quick.
 
         There is one such call: another one set before takes effect no more.
         """
@@ -279,7 +285,7 @@ class Node(ABC):
         return reason
 
     def _watch_deadline(self, ask: Ask, on_end: Callable[[Ask], None]) -> None:
-        """Let the node's thread end an ask inside this node for which no thread waits."""
+        """Let the loop end an ask inside this node for which no thread waits."""
         number = next(self._numbers)
 
         def forget(ended: Ask) -> None:
@@ -326,13 +332,13 @@ class Node(ABC):
             message,
             attachments=envelope.attachments,
             deadline=deadline,
-            key=envelope.key or f"{envelope.origin:x}-{envelope.sequence:x}",
+            key=envelope.key or (_number_of(envelope) if message.changes else ""),
             trace=envelope.trace,
             generation=envelope.generation,
             right=right,
             answer=answer,
         )
-        self._loop.defer(partial(self._hand_over, delivery, envelope))
+        self._loop.defer(partial(self._hand_over, delivery, envelope), serves=delivery.wants_reply)
 
     def _hand_over(self, delivery: Delivery, envelope: Envelope) -> None:
         reason = self._deliver_here(delivery)
@@ -390,7 +396,7 @@ class Node(ABC):
             self.counters["malformed"] += 1
             outcome = Fault(reason=FaultReason.INVALID, detail=str(error), address=envelope.sender)
         if ask is not None:
-            self._loop.defer(partial(ask.end, outcome, envelope.attachments))
+            self._loop.defer(partial(ask.end, outcome, envelope.attachments), serves=True)
         elif envelope.key == RETURNED_TELL and isinstance(outcome, Fault):
             self._take_returned_tell(envelope, outcome)
         else:
@@ -499,6 +505,11 @@ class Node(ABC):
     @abstractmethod
     def _from_bus_time(self, moment: float) -> float:
         """A bus time as this process's monotonic time."""
+
+
+def _number_of(envelope: Envelope) -> str:
+    """What tells a command without a key from every other one."""
+    return f"{envelope.origin:x}-{envelope.sequence:x}"
 
 
 _DETAILS = {

@@ -1,8 +1,8 @@
-"""The thread that owns a node's sockets, and the queue to it.
+"""The loop that drives a node's sockets, the queue to it, and the node's thread.
 
-ZeroMQ's sockets are not thread-safe: only this thread uses them. While it sleeps it waits on their
-descriptors (ZMQ_FD). Such a descriptor tells of a change once: whoever has used a socket must look
-whether something to read has come meanwhile (zmq_getsockopt(3), ZMQ_FD).
+ZeroMQ's sockets are not thread-safe: only the thread that has the lead (`lead.py`) uses them. While
+it sleeps it waits on their descriptors (ZMQ_FD). Such a descriptor tells of a change once: whoever
+has used a socket must look whether something to read has come meanwhile (zmq_getsockopt(3)).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import zmq
 
 from voidbus.transport.envelope import Envelope
 from voidbus.transport.fault import FaultReason
+from voidbus.transport.lead import Lead
 from voidbus.transport.wire import readable, receive_frames, send_frames
 
 _monotonic = time.monotonic
@@ -33,7 +34,7 @@ _LONGEST_SLEEP = 3_600_000
 
 
 class LoopOwner(Protocol):
-    """The node behind a loop. All of it is called on the thread."""
+    """The node behind a loop. All of it is called by the thread that drives."""
 
     def open_sockets(self) -> None:
         """Open the sockets."""
@@ -78,14 +79,20 @@ class SocketLoop:
         self._outbound: deque[Envelope] = deque()
         self._outbound_bytes = 0
         self._calls: deque[Callable[[], object]] = deque()
-        self._deferred: deque[Callable[[], object]] = deque()
+        self._deferred: deque[tuple[Callable[[], object], bool]] = deque()
         self._touched: set[zmq.Socket[bytes]] = set()
         self._unread: set[zmq.Socket[bytes]] = set()
+        self._bursting = False  # more than one message has come at once
         self._by_fd: dict[int, zmq.Socket[bytes]] = {}
         self._poller = select.poll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
         self._sleeping = False
+        self.main_thread = threading.main_thread().ident or 0
+        self._lead = Lead()
+        self._latch: threading.Lock | None = None  # what the thread that drives waits for
+        self._serves = False  # what is being handed over is for a thread that may drive next
+        self._served = False  # one that waited was woken so
         self._timers_changed = True
         self._wake_at: float | None = None
         self.closing = False
@@ -113,14 +120,14 @@ class SocketLoop:
         if not has_room:
             self._counters["outbound_full"] += 1
             return FaultReason.OVERLOADED, "this node's outbound queue is full"
-        self.wake_if_asleep()
+        self._wake()
         return None
 
     def call(self, function: Callable[[], object]) -> None:
-        """Run `function` on the thread."""
+        """Run `function` on the thread that drives."""
         if not self.closing:
             self._calls.append(function)
-            self.wake_if_asleep()
+            self._wake()
 
     def timers_changed(self) -> None:
         """The owner's next timer may be earlier than it was. Who sets one must say so.
@@ -128,9 +135,31 @@ class SocketLoop:
         To look at all of them after each message would cost an ask 25 calls at either end.
         """
         self._timers_changed = True
-        self.wake_if_asleep()
+        self._wake()
 
-    def wake_if_asleep(self) -> None:
+    def wait(self, latch: threading.Lock, timeout: float) -> bool:
+        """As Driver.wait. Where nobody drives the sockets, the thread that waits does."""
+        if timeout and self._lead.take():
+            deadline = _monotonic() + timeout if timeout > 0 else None
+            try:
+                if self._drive(latch, deadline):
+                    return True
+            finally:
+                self._latch = None
+                self._lead.leave()
+            if deadline is not None:
+                timeout = max(0.0, deadline - _monotonic())
+        return latch.acquire(timeout=timeout)
+
+    def released(self, latch: threading.Lock) -> None:
+        """`latch` was released: the thread that waits for it wakes, also where it drives."""
+        if self._serves:
+            self._served = True
+        if self._latch is latch:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake whoever drives, where it sleeps. Where nobody drives, somebody will in a moment."""
         if self._sleeping:
             with self._wake_lock:
                 if not self.closed:
@@ -155,6 +184,7 @@ class SocketLoop:
             with self._wake_lock:
                 if not self.closed:
                     os.eventfd_write(self._wake_fd, 1)
+            self._lead.recall()
             self._thread.join(timeout)
             if self._thread.is_alive():
                 raise TimeoutError(f"node {self._name}: its thread did not end in {timeout} s")
@@ -163,20 +193,20 @@ class SocketLoop:
                 self.closed = True
                 os.close(self._wake_fd)
 
-    # -- for the owner, on the thread ------------------------------------------------------
+    # -- for the owner, on the thread that drives ------------------------------------------
 
     def send(self, socket: zmq.Socket[bytes], frames: Sequence[bytes]) -> None:
         """Send one message. Raises zmq.Again and other ZMQErrors."""
         self._touched.add(socket)
         send_frames(socket, frames)
 
-    def defer(self, function: Callable[[], object]) -> None:
-        """Run `function` last before the thread sleeps.
+    def defer(self, function: Callable[[], object], *, serves: bool = False) -> None:
+        """Run `function` last before the thread sleeps. The thread it `serves` may drive next.
 
         What came is handed over so: that wakes a thread, which needs the interpreter's lock at
         once; woken any earlier it would find that taken, sleep, and be woken a second time.
         """
-        self._deferred.append(function)
+        self._deferred.append((function, serves))
 
     def sockets_changed(self) -> None:
         """The owner has other sockets now."""
@@ -204,26 +234,54 @@ class SocketLoop:
 
     def _loop(self) -> None:
         while True:
-            self._sleep()
-            self._work()
-            while self._deferred:
-                self.guard(self._deferred.popleft())
+            self._turn(None, None)
             if self.closing and not self._outbound:
-                return
+                return  # and keep the lead: there is nothing left to drive
+            if self._served and not self._has_work():
+                self._lead.stand_by()
 
-    def _sleep(self) -> None:
-        # First the flag, then a look at the queues: who queues something sees the flag and wakes
-        # us, or was early enough to be seen here. While we are awake nobody pays for waking us.
-        self._sleeping = True
-        busy = (
+    def _drive(self, latch: threading.Lock, deadline: float | None) -> bool:
+        """Drive until `latch` is had. False where that is for another thread to wait for."""
+        self._latch = latch
+        try:
+            self._flush()
+            while not self.closing:
+                self._turn(latch, deadline)
+                if latch.acquire(False):
+                    return True
+                if self._served or (deadline is not None and _monotonic() >= deadline):
+                    return False
+        except zmq.error.ContextTerminated:
+            return False  # the node's thread will see it too, and end
+        return False
+
+    def _turn(self, latch: threading.Lock | None, deadline: float | None) -> None:
+        """Sleep until there is something to do, and do it."""
+        self._sleep(latch, deadline)
+        self._served = False
+        self._work()
+        while self._deferred:
+            function, self._serves = self._deferred.popleft()
+            self.guard(function)
+        self._serves = False
+
+    def _has_work(self) -> bool:
+        return bool(
             self._outbound
             or self._calls
-            or self._unread
             or self._deferred
+            or self._unread
             or self._timers_changed
             or self.closing
         )
-        for fd, _ in self._poller.poll(0 if busy else self._milliseconds_to_timer()):
+
+    def _sleep(self, latch: threading.Lock | None, deadline: float | None) -> None:
+        # First the flag, then a look at the queues: who queues something sees the flag and wakes
+        # us, or was early enough to be seen here. While we are awake nobody pays for waking us.
+        self._sleeping = True
+        self._look_again()
+        busy = self._has_work() or (latch is not None and not latch.locked())
+        for fd, _ in self._poller.poll(0 if busy else self._milliseconds_to(deadline)):
             socket = self._by_fd.get(fd)
             if socket is not None:
                 self._unread.add(socket)
@@ -243,7 +301,6 @@ class SocketLoop:
         if self._outbound:
             self._flush()
         self._run_timers()
-        self._look_again()
 
     def _run_timers(self) -> None:
         now = _monotonic()
@@ -258,17 +315,20 @@ class SocketLoop:
             socket = self._touched.pop()
             if not socket.closed and readable(socket):
                 self._unread.add(socket)
+                self._bursting = True
 
     def _drain(self, socket: zmq.Socket[bytes]) -> None:
         """Read up to a burst of messages from a socket."""
         for number in range(_BURST):
-            # The first is there: we were told so. Mostly it is the only one, and to look is cheaper
-            # than the exception; in a burst the exception ends it, once.
-            if number == 1 and not readable(socket):
+            # Mostly there is one message, and before we sleep we look again; in a burst zmq.Again,
+            # which costs three looks, ends it.
+            if number == 1 and not self._bursting:
+                self._touched.add(socket)
                 return
             try:
                 frames = receive_frames(socket)
             except zmq.Again:
+                self._bursting = number > 1
                 return
             try:
                 self._owner.take_frames(socket, frames)
@@ -291,7 +351,11 @@ class SocketLoop:
             with self._queue_lock:
                 self._outbound_bytes -= sent
 
-    def _milliseconds_to_timer(self) -> int:
-        if self._wake_at is None:
+    def _milliseconds_to(self, deadline: float | None) -> int:
+        """How long to sleep, for the timers and whoever drives."""
+        moment = self._wake_at
+        if deadline is not None and (moment is None or deadline < moment):
+            moment = deadline
+        if moment is None:
             return -1
-        return min(max(0, int((self._wake_at - _monotonic()) * 1000) + 1), _LONGEST_SLEEP)
+        return min(max(0, int((moment - _monotonic()) * 1000) + 1), _LONGEST_SLEEP)

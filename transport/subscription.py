@@ -50,7 +50,7 @@ class Subscription:
         self._node.unsubscribe(self)
 
     def take(self, envelope: Envelope) -> None:
-        """Account for a publication and pass it on. Runs on the node's thread; must not block."""
+        """Account for a publication and pass it on. For the thread that drives the node."""
         if envelope.kind is Kind.MARK and not envelope.sequence:
             # The last of the marks a subscription gets.
             if envelope.dest == self.prefix:

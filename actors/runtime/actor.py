@@ -139,6 +139,7 @@ class Actor(pykka.ThreadingActor):
         self._pykka.owner = place.path
         self._pykka.handle = self._handle_receive
         self.mailbox: Mailbox = self._pykka.mailbox
+        self.mailbox.drive(place.system.node.driver)
         self.activity = Activity()
         self.handled = 0
         self.exit_reason: ExitReason | None = None
@@ -262,7 +263,7 @@ class Actor(pykka.ThreadingActor):
 
     def notice(self, delivery: Delivery) -> None:
         """Take a notice it asked for, which no full mailbox may refuse. Any thread."""
-        self.mailbox.put(lambda: self._take(delivery), control=True)
+        self.mailbox.put(lambda: self._take(delivery, _monotonic()), control=True)
 
     def request_stop(self, timeout: float) -> None:
         """Ask the actor to stop. Any thread."""
@@ -303,7 +304,7 @@ class Actor(pykka.ThreadingActor):
             self._now_at("on_start")
             self.on_start()
             self.system.started(self)
-            while not self._ending():
+            while self.exit_reason is None:
                 wait = None
                 if self._timers:  # mostly there are none, and to look costs a message's fifth
                     self._now_at("a timer")
@@ -313,11 +314,11 @@ class Actor(pykka.ThreadingActor):
                 activity.end()
                 item = self.mailbox.get(wait)
                 if item is not None:
-                    activity.begin(item)
+                    now = activity.begin(item)
                     if not liveness.armed:
                         liveness.arm()
                     self.handled += 1
-                    self._take(item)
+                    self._take(item, now)
         except BaseException as error:  # noqa: BLE001 - SystemExit too ends this actor only
             self._fail(error)
         self._now_at("on_stop")
@@ -332,10 +333,10 @@ class Actor(pykka.ThreadingActor):
     def _ending(self) -> bool:
         return self.exit_reason is not None
 
-    def _take(self, item: Item) -> None:
+    def _take(self, item: Item, now: float) -> None:
         if not isinstance(item, Delivery):
             item()
-        elif _monotonic() >= item.deadline:
+        elif now >= item.deadline:
             self._drop(item, FaultReason.EXPIRED, "its deadline passed in the mailbox")
         else:
             self._handle(item)
@@ -352,7 +353,7 @@ class Actor(pykka.ThreadingActor):
         if handler is None:
             self._handle_unknown(delivery)
             return
-        if message.changes and delivery.wants_reply and not self._begin_command(delivery):
+        if delivery.wants_reply and message.changes and not self._begin_command(delivery):
             return
         try:
             answer = handler(self, message, delivery)

@@ -1,8 +1,8 @@
 """Which actors of a process are stuck: at one message for longer than any handler may take.
 
-An actor notes what it is at and since when; a check on the node's thread looks at all of them. It
-is set only while an actor is at something, for the moment at which that could have lasted too
-long. So a process at rest is not woken, and a busy one once in `stuck_after` seconds.
+An actor notes what it is at and since when; a check where the node is driven looks at all of
+them. It is set only while an actor is at something, for the moment at which that could have lasted
+too long. So a process at rest is not woken, and a busy one once in `stuck_after` seconds.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class Activity:
         self._item: object = None
         self.thread: Thread | None = None
 
-    def begin(self, item: object) -> None:
-        """`item` is a delivery, a call, or a word for what else an actor does."""
+    def begin(self, item: object) -> float:
+        """`item` is a delivery, a call, or a word for what else an actor does. Returns when it was
+        begun (monotonic).
+        """
         # In this order: whoever sees the item sees when it was begun, or something later.
-        self._began = _monotonic()
+        now = self._began = _monotonic()
         self._item = item
+        return now
 
     def end(self) -> None:
         self._item = None
@@ -85,7 +88,7 @@ class Liveness:
         return _monotonic() - current[1], name_of(current[0])
 
     def _check(self) -> None:
-        """On the node's thread."""
+        """By the thread that drives the node."""
         # First: an actor that begins something from here on sets the next check itself.
         self.armed = False
         now = _monotonic()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from voidbus.transport.delivery import Delivery
+from voidbus.transport.delivery import Delivery, Driver
 from voidbus.transport.fault import FaultReason
 
 # Control messages that may wait: commands, not work. What an actor caused itself (timers, replies
@@ -80,6 +80,7 @@ class Mailbox:
         "_closed",
         "_control",
         "_data",
+        "_driver",
         "_lock",
         "_overflow",
         "_ready",
@@ -103,6 +104,7 @@ class Mailbox:
         self._ready = threading.Lock()
         self._ready.acquire()
         self._waiting = False
+        self._driver: Driver | None = None
         self._room = threading.Condition(self._lock)
         self._closed = False
         self.accepted = 0
@@ -118,8 +120,7 @@ class Mailbox:
                 self._data.append((_monotonic(), item))
                 self.accepted += 1
                 if self._waiting:
-                    self._waiting = False
-                    self._ready.release()
+                    self._wake()
                 return None
             if self._closed:
                 self.refused += 1
@@ -168,8 +169,14 @@ class Mailbox:
         """Count an item and wake the consumer. With the lock held."""
         self.accepted += 1
         if self._waiting:
-            self._waiting = False
-            self._ready.release()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake the consumer, which waits. With the lock held."""
+        self._waiting = False
+        self._ready.release()
+        if self._driver is not None:
+            self._driver.released(self._ready)
 
     def get(self, timeout: float | None = None) -> Item | None:
         """The next item, control first. None when `timeout` passed, or it is closed and empty."""
@@ -187,13 +194,22 @@ class Mailbox:
                     return None
                 self._waiting = True
             # After a wake-up there is an item, or it was closed, so this waits only once.
-            if not self._ready.acquire(timeout=wait):
+            if not self._wait(wait):
                 with self._lock:
                     if self._waiting:
                         self._waiting = False
                         return None
                 # A put came between the end of the wait and here, and has released `_ready`.
                 self._ready.acquire()
+
+    def drive(self, driver: Driver) -> None:
+        """Let the consumer drive a node's sockets while it waits and nobody else does."""
+        self._driver = driver
+
+    def _wait(self, timeout: float) -> bool:
+        if self._driver is None:
+            return self._ready.acquire(timeout=timeout)
+        return self._driver.wait(self._ready, timeout)
 
     def close(self) -> list[Item]:
         """Take nothing more; returns what was waiting, for its senders to be told."""
@@ -204,8 +220,7 @@ class Mailbox:
             self._data.clear()
             self._room.notify_all()
             if self._waiting:
-                self._waiting = False
-                self._ready.release()
+                self._wake()
         return rest
 
     def statistics(self) -> MailboxStatistics:
