@@ -111,6 +111,7 @@ class Bus:
         self.hub = self.start_hub(**hub_options)
 
     def start_hub(self, **options: Any) -> Hub:
+        """Start the hub; a second one where the first has been."""
         self.hub = Hub(
             "hub",
             self.endpoints,
@@ -119,6 +120,7 @@ class Bus:
             on_leave=self.left,
             **options,
         )
+        self.endpoints = Endpoints(self.hub.addresses, self.hub.topics_address, self.endpoints.keys)
         self._stack.callback(self.hub.close)
         return self.hub
 

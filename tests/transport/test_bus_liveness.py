@@ -121,8 +121,6 @@ def test_a_run_process_that_dies_or_stops_ends_its_asks(
 
 
 def test_a_leaf_joins_again_when_the_hub_is_started_again(bus: Bus) -> None:
-    if bus.transport == "tcp":
-        pytest.skip("the kit's tcp hub takes a new port each time")
     link = Signal()
     leaf = bus.leaf("client-a", on_link=link)
     bus.hub.attach("mute", Mute())
