@@ -19,6 +19,8 @@ _MOMENT = 0.001
 # When another thread has led for so many moments on end, it waits for something rare. Then the
 # node's thread sleeps until that one leaves, rather than wake each moment.
 _MOMENTS_AWAKE = 4
+# Asleep, it looks this often whether anybody still leads, though whoever leaves recalls it.
+_LOOK_SECONDS = 1.0
 
 
 class Lead:
@@ -85,7 +87,10 @@ class Lead:
                 unchanged += 1
         self._sleeps = True
         try:
-            # Without an end: whoever leads sees from here on that it must recall us.
-            return self._held.locked() and self._recall.acquire()
+            # Whoever leads sees from here on that it must recall us.
+            while self._held.locked():
+                if self._recall.acquire(timeout=_LOOK_SECONDS):
+                    return True
+            return False
         finally:
             self._sleeps = False
