@@ -101,6 +101,12 @@ class Link:
             if abort is not None:
                 abort.cancel()
 
+    def cancel_all(self) -> None:
+        """End all work that is under way."""
+        with self._lock:
+            for abort in self._aborts.values():
+                abort.cancel()
+
     def inbox_changed(self) -> None:
         """Tell the client, if it wants to know."""
         with self._lock:
@@ -118,9 +124,8 @@ class Link:
     def close(self) -> list[dict[str, Any]]:
         """End all its work; what is still to be sent."""
         self._watch.detach(self)
+        self.cancel_all()
         with self._lock:
-            for abort in self._aborts.values():
-                abort.cancel()
             return self._session.end()
 
     def _start_watch(self, answer: Reply | SidecarClientError) -> None:

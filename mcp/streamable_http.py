@@ -5,7 +5,9 @@ POST and is answered in its response; GET opens a stream of what a session is to
 ends a session. Since 2026-07-28 there are no sessions, and POST alone.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from voidbus.mcp import versions
@@ -86,10 +88,16 @@ class Endpoint:
         self._client = client
         self._watch = Watch(client)
         self.sessions = Sessions()
+        self._lock = threading.Lock()
+        self._passing: set[Client] = set()  # those without a session, while they are answered
 
     def close(self) -> None:
-        """End all sessions and the watch."""
+        """End all sessions, what is asked without one, and the watch."""
         self.sessions.close()
+        with self._lock:
+            passing = list(self._passing)
+        for client in passing:
+            client.link.cancel_all()
         self._watch.close()
 
     def answer(self, request: HttpRequest, perform: Perform) -> Respond | Stream:
@@ -128,11 +136,8 @@ class Endpoint:
         version = _version(request.head)
         if known is not None:
             return self._in_session(known.link, body, perform, as_event)
-        client = self._new_client(version)
-        try:
+        with self._passing_client(version) as client:
             return self._in_session(client.link, body, perform, as_event)
-        finally:
-            client.close()
 
     def _in_session(
         self,
@@ -172,6 +177,18 @@ class Endpoint:
         if "error" in answer:
             return _refused(answer)
         return Respond(200, encode(answer), as_event=as_event)
+
+    @contextlib.contextmanager
+    def _passing_client(self, version: str) -> Iterator[Client]:
+        client = self._new_client(version)
+        with self._lock:
+            self._passing.add(client)
+        try:
+            yield client
+        finally:
+            with self._lock:
+                self._passing.discard(client)
+            client.close()
 
     def _new_client(self, version: str) -> Client:
         return Client(lambda send: Link(Session(new_key, version), self._client, self._watch, send))

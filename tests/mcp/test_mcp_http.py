@@ -292,6 +292,17 @@ def test_a_cancelled_call_of_a_session_leaves_the_sidecar_and_its_response_says_
         assert (status, answer["id"], answer["error"]["code"]) == (200, "s", -32800)
 
 
+def test_the_stop_ends_calls_under_way_with_and_without_a_session() -> None:
+    for with_session in (True, False):
+        with stuck_sidecar() as stuck, ThreadPoolExecutor(1) as pool:
+            with http_mcp(stuck.url) as mcp:
+                headers = {"Mcp_Session_Id": mcp.initialize()} if with_session else {}
+                waiting = pool.submit(mcp.post, call("read_shared_context", "s"), **headers)
+                assert stuck.asked.wait(20)
+            assert stuck.left.wait(5)
+            assert waiting.result(10)[1]["error"]["code"] == -32800
+
+
 # Since 2026-07-28
 
 
