@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
@@ -13,6 +15,10 @@ from voidbus.transport.topics import PREFIX_LIMIT
 
 # The name and length before the prefix in a SUBSCRIBE command, generously (ZMTP 3.1).
 _COMMAND = 64
+
+
+# How long the name of a hub's authenticator that was closed before may still be taken (seconds).
+_NAME_SECONDS = 5.0
 
 
 class HubSockets:
@@ -72,8 +78,7 @@ class HubSockets:
     def _authenticate(self, keys: ServerKeys) -> None:
         """Let in, on sockets with these keys, who is on the list of the socket's right."""
         if self._authenticator is None:
-            self._authenticator = ThreadAuthenticator(self._context)
-            self._authenticator.start()
+            self._authenticator = _started_authenticator(self._context)
         for right, folder in keys.clients.items():
             self._authenticator.configure_curve_callback(right.name, AllowedKeys(folder))
 
@@ -95,3 +100,19 @@ class HubSockets:
         if bound.startswith("inproc:") and socket in self.rights:
             self._inproc.append((socket, bound))
         return bound
+
+
+def _started_authenticator(context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
+    """ZeroMQ asks one socket of a context who may come in, by a fixed name, which closing the one
+    before frees only some time later."""
+    deadline = time.monotonic() + _NAME_SECONDS
+    while True:
+        authenticator = ThreadAuthenticator(context)
+        try:
+            authenticator.start()
+            return authenticator
+        except zmq.ZMQError as error:
+            authenticator.stop()
+            if error.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
