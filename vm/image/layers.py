@@ -20,15 +20,16 @@ from typing import BinaryIO, cast
 from voidbus.vm.image import publishing
 from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.manifest import Manifest, read_manifest
+from voidbus.vm.image.squashfs import set_root_time
 
 LAYER_SECONDS = 1800.0
 """How long making one layer may take, and how long one waits for another process's."""
 
 _TOOL = "sqfstar"
-# The same stream gives the same bytes, but for the time of the topmost directory, which this tool
-# can't be told without changing the time of everything.
+# The same stream gives the same bytes, but for the time of the topmost directory: see `squashfs`,
+# which needs the table of inodes as it is (-noI).
 _OPTIONS = (
-    *("-comp", "lz4", "-Xhc", "-reproducible", "-mkfs-time", "0"),
+    *("-comp", "lz4", "-Xhc", "-noI", "-reproducible", "-mkfs-time", "0"),
     *("-root-mode", "0755", "-root-uid", "0", "-root-gid", "0"),
     # The file it writes to is there already; what it would only warn of is an error.
     *("-no-xattrs", "-quiet", "-no-progress", "-force", "-exit-on-error", "-mem", "512M"),
@@ -62,7 +63,7 @@ def layer_of_directory(root: Path, folder: Path) -> Path:
 def layer_of_tar(root: Path, identity: str, name: str, write: Writer) -> Path:
     """The layer in the store at `root` known by `identity`; where there is none, it is made of
     the tar archive that `write` writes. `name` is what messages call it. Raises ImageError."""
-    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{identity} {' '.join(_OPTIONS)}".encode()).hexdigest()[:32]
     final = root / "layers" / f"{key}.squashfs"
     if _is_whole(root, final):
         return final
@@ -116,6 +117,7 @@ def _make(path: Path, name: str, write: Writer) -> None:
                 f"the layer {name} could not be made: {_TOOL} ended with {code}: "
                 f"{said.strip(' |') or 'without a word'}; check the space on the disk of {path}"
             )
+    set_root_time(path, 0)
 
 
 def _nameless_file(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
