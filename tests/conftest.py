@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,16 @@ def _has_mcp_sdk() -> bool:
     return all(sdk_python(version) for version in SDK_VERSIONS)
 
 
+def _has_name_server() -> bool:
+    """Whether the host's first name server has an IPv4 address."""
+    try:
+        lines = Path("/etc/resolv.conf").read_text().splitlines()
+    except OSError:
+        return False
+    servers = [line.split()[1] for line in lines if line.startswith("nameserver ")]
+    return bool(servers) and ":" not in servers[0]
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
@@ -68,6 +79,8 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "socat": lambda: shutil.which("socat") is not None,
     "squashfs": lambda: shutil.which("mksquashfs") is not None,
     "mcp-sdk": _has_mcp_sdk,
+    "cpio": lambda: shutil.which("cpio") is not None,
+    "nameserver": _has_name_server,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
 }
 

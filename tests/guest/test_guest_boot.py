@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ from voidbus.vm.configure import GuestSettings, configure_guest
 from voidbus.vm.devices.vhost_user_fs import VhostUserFs
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.guest.limits import Limits
+from voidbus.vm.image.store import default_store
 from voidbus.vm.pty import PtyCall
 
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(180)]
@@ -241,6 +241,11 @@ def squashfs(folder: Path, files: dict[str, bytes]) -> Path:
     return disk
 
 
+def static_busybox() -> bytes:
+    """The guest's own: it stands in the tree its image was made of."""
+    return (default_store().current().kernel.parent / "root/usr/bin/busybox").read_bytes()
+
+
 @pytest.mark.needs("squashfs")
 def test_layers_lie_over_the_base_the_last_one_on_top(tmp_path: Path) -> None:
     low = squashfs(tmp_path, {"opt/tool/a": b"low", "opt/tool/b": b"low"})
@@ -256,9 +261,8 @@ def test_layers_lie_over_the_base_the_last_one_on_top(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("squashfs")
-@pytest.mark.skipif(shutil.which("busybox") is None, reason="needs a static busybox")
 def test_an_image_without_a_c_library_has_its_root_and_our_tools(tmp_path: Path) -> None:
-    busybox = Path(shutil.which("busybox") or "").read_bytes()
+    busybox = static_busybox()
     names = ("sh", "cat", "id", "ls", "which", "tty")
     files = {f"bin/{name}": busybox for name in names} | {"etc/passwd": b"root:x:0:0::/:/bin/sh"}
     disk = squashfs(tmp_path, files)
@@ -354,7 +358,7 @@ def test_a_directory_of_the_host_is_read_or_written_as_it_says(tmp_path: Path) -
 @pytest.mark.skipif(shutil.which("busybox") is None, reason="needs a static busybox")
 def test_a_shared_directory_can_be_the_root(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    busybox = Path(shutil.which("busybox") or "").read_bytes()
+    busybox = static_busybox()
     for name in ("sh", "cat", "id", "touch"):
         (tmp_path / "bin" / name).write_bytes(busybox)
         (tmp_path / "bin" / name).chmod(0o755)

@@ -7,7 +7,6 @@ import gzip
 import io
 import lzma
 import os
-import shutil
 import stat
 import struct
 import subprocess
@@ -51,7 +50,7 @@ def test_the_order_entries_come_in_makes_no_difference() -> None:
     assert archive(*ENTRIES) == archive(*reversed(ENTRIES))
 
 
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="cpio is not installed")
+@pytest.mark.needs("cpio")
 def test_cpio_reads_two_archives_that_follow_each_other_as_the_kernel_does() -> None:
     first = archive(*ENTRIES)
     assert len(first) % 4 == 0
