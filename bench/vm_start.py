@@ -30,9 +30,9 @@ class TimedMachine(QemuMachine):
 
     prepared = spawned = shaken = configured = 0.0
 
-    def _spawn(self, program: str, devices: Devices) -> None:
+    def _spawn(self, program: str, devices: Devices, deadline: float) -> None:
         self.prepared = time.monotonic()
-        super()._spawn(program, devices)
+        super()._spawn(program, devices, deadline)
         self.spawned = time.monotonic()
 
     def _dial(self, timeout: float) -> Connected:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import socket
 import subprocess
 import tempfile
 import threading
@@ -21,7 +19,7 @@ from voidbus.vm.guest.frames import FrameDecoder, MessageType, encode_frame
 from voidbus.vm.guest.handshake import EVERYTHING, encode_ping
 from voidbus.vm.image.store import ImageError, default_store
 from voidbus.vm.machine import Machine, MachineSpec
-from voidbus.vm.qemu.command import Layout, command, config_text
+from voidbus.vm.qemu.command import command
 from voidbus.vm.qemu.devices import Devices
 from voidbus.vm.qemu.machine import AGENT_PORT
 from voidbus.vm.qemu.process import PROGRAM, find_program
@@ -125,29 +123,10 @@ class PlainQemu:
         self._open.close()
 
     def _command(self) -> tuple[list[str], tuple[int, ...]]:
-        devices = self._devices
-        monitor, monitor_in = socket.socketpair()
-        self.serial, serial_in = socket.socketpair()
-        for end in (monitor, monitor_in, self.serial, serial_in):
+        layout, console = self._devices.layout(find_program(PROGRAM) or PROGRAM, self._kernel_words)
+        for end in console:
             self._open.callback(end.close)
-        config = os.memfd_create("bench-qemu")
-        self._open.callback(os.close, config)
-        os.write(config, config_text(devices.kernel_line + self._kernel_words).encode())
-        layout = Layout(
-            name="bench",
-            program=find_program(PROGRAM) or PROGRAM,
-            acceleration=devices.acceleration,
-            memory_mb=self._spec.memory_mb,
-            vcpus=self._spec.vcpus,
-            kernel=devices.kernel,
-            initramfs=devices.initramfs,
-            monitor=monitor_in.fileno(),
-            serial=serial_in.fileno(),
-            config=config,
-            vhost_user=devices.vhost_user,
-            disks=devices.disks,
-            card=devices.card,
-        )
+        self.serial = console.serial
         return command(layout), layout.descriptors
 
     def spawn(self) -> float:
@@ -156,13 +135,13 @@ class PlainQemu:
         child = subprocess.Popen(
             self._argv,
             pass_fds=self._descriptors,
-            cwd=self._spec.scratch,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         self._open.callback(child.wait)
         self._open.callback(child.kill)
+        self._devices.handed()
         return moment
 
     def wait_for_agent(self) -> float:

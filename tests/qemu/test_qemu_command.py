@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -20,12 +19,12 @@ LAYOUT = Layout(
     acceleration="tcg",
     memory_mb=256,
     vcpus=2,
-    kernel=Path("/cache/vmlinux"),
-    initramfs=Path("/cache/initramfs"),
+    kernel=3,
+    initramfs=4,
     monitor=5,
     serial=6,
     config=7,
-    vhost_user=(VhostUser("vsock.vhost", "vhost-user-vsock-device"),),
+    vhost_user=(VhostUser(8, "vhost-user-vsock-device"),),
 )
 
 
@@ -61,18 +60,27 @@ def test_an_accelerated_machine_has_the_processor_of_the_host() -> None:
     assert after(arguments, "-cpu") == ["host"]
 
 
-def test_disks_are_read_only_and_their_names_may_hold_commas() -> None:
-    arguments = command(replace(LAYOUT, disks=(Path("/cache/a,b.squashfs"),)))
-    (disk,) = after(arguments, "-blockdev")
-    assert "read-only=on" in disk.split(",")
-    assert disk.endswith("file.filename=/cache/a,,b.squashfs")
+def test_disks_are_read_only() -> None:
+    arguments = command(replace(LAYOUT, disks=(9, 10)))
+    drives = after(arguments, "-blockdev")
+    assert after(arguments, "-add-fd") == ["fd=9,set=0", "fd=10,set=1"]
+    assert all("read-only=on" in drive.split(",") for drive in drives)
+    assert [drive.rpartition("=")[2] for drive in drives] == ["/dev/fdset/0", "/dev/fdset/1"]
 
 
-def test_a_card_speaks_over_a_socket_of_the_machines_directory() -> None:
-    arguments = command(replace(LAYOUT, card=Card("network.sock", "52:54:00:12:34:56", 32768)))
+def test_a_card_speaks_over_an_open_connection() -> None:
+    arguments = command(replace(LAYOUT, card=Card(11, "52:54:00:12:34:56", 32768)))
     (net,) = after(arguments, "-netdev")
-    assert "addr.path=network.sock" in net.split(",")
+    assert "addr.str=11" in net.split(",")
     assert "virtio-net-device,netdev=net,mac=52:54:00:12:34:56,host_mtu=32768" in arguments
+
+
+def test_qemu_inherits_all_it_uses_and_opens_no_path_of_ours() -> None:
+    card = Card(11, "52:54:00:12:34:56", 32768)
+    layout = replace(LAYOUT, disks=(9, 10), card=card)
+    assert sorted(layout.descriptors) == list(range(3, 12))
+    paths = [text for text in command(layout)[1:] if text.startswith("/")]
+    assert paths == ["/proc/self/fd/3", "/proc/self/fd/4", "/proc/self/fd/7"]
 
 
 @pytest.mark.parametrize("argument", ["a b", 'a"b', "a\\b", "a\nb", "ä"])

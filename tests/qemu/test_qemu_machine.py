@@ -21,8 +21,15 @@ from voidbus.vm.image.store import default_store
 from voidbus.vm.machine import MachineError
 from voidbus.vm.qemu.devices import VSOCK_SOCKET
 from voidbus.vm.qemu.machine import QemuMachine
+from voidbus.vm.qemu.user import qemu_user
 
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(240)]
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What the kernel says of a process (proc_pid_status(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance):
@@ -48,6 +55,33 @@ class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance
         for name in ("cmdline", "environ"):
             held = Path(f"/proc/{pid}/{name}").read_bytes()
             assert shared.machine.spec.secret.hex().encode() not in held
+
+    def test_qemu_may_do_next_to_nothing_on_the_host(self, shared: Guest) -> None:
+        status = status_of(shared.leases[0].pid or 0)
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(status[kind], 16) == 0, kind
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"  # a filter (proc_pid_status(5))
+
+    @pytest.mark.needs("root")
+    def test_qemu_of_root_is_a_user_of_its_own(self, shared: Guest) -> None:
+        pid = shared.leases[0].pid or 0
+        status = status_of(pid)
+        user = qemu_user("tcg")
+        assert user is not None
+        assert user.uid not in (0, os.getuid())
+        assert status["Uid"].split() == [str(user.uid)] * 4
+        assert status["Gid"].split() == [str(user.gid)] * 4
+        assert status["Groups"].split() == []
+        assert int(status["CapBnd"], 16) == 0
+
+    def test_qemu_holds_no_descriptor_but_what_it_was_handed(self, shared: Guest) -> None:
+        folder = Path(f"/proc/{shared.leases[0].pid}/fd")
+        held = {str(path.readlink()) for path in folder.iterdir()}
+        image = default_store().current()
+        known = {"/dev/null", os.fspath(image.kernel), os.fspath(image.initramfs)}
+        kinds = ("pipe:", "socket:", "anon_inode:", "/memfd:")
+        assert [name for name in held - known if not name.startswith(kinds)] == []
 
     def test_a_program_of_the_host_reaches_a_port_of_the_guest_by_the_socket(
         self, shared: Guest

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 MAX_DEVICES = 24
 """virtio-mmio transports of the microvm machine with two I/O APICs (QEMU hw/i386/microvm.c)."""
@@ -36,49 +35,50 @@ KERNEL_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class VhostUser:
-    """A device served by this process at ``socket``, a name in the machine's directory.
-    ``properties`` are QEMU's for ``driver``."""
+    """A device served by this process, which ``socket`` is connected to. ``properties`` are
+    QEMU's for ``driver``."""
 
-    socket: str
+    socket: int
     driver: str
     properties: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A network card whose frames go to ``socket``, a name in the machine's directory."""
+    """A network card whose frames go to ``socket``."""
 
-    socket: str
+    socket: int
     mac: str
     mtu: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one QEMU is made of. It inherits ``descriptors`` and runs in the machine's directory,
-    so that no path of a socket is longer than an address can hold (107 bytes)."""
+    """What one QEMU is made of. It inherits ``descriptors`` and opens no path of ours: it may be
+    another user, who may enter no directory of this one."""
 
     name: str
     program: str
     acceleration: str
     memory_mb: int
     vcpus: int
-    kernel: Path
-    initramfs: Path
+    kernel: int
+    initramfs: int
     monitor: int
     serial: int
     config: int
     vhost_user: tuple[VhostUser, ...]
-    disks: tuple[Path, ...] = ()
+    disks: tuple[int, ...] = ()
     card: Card | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return (self.monitor, self.serial, self.config)
-
-    @property
-    def devices(self) -> int:
-        return len(self.vhost_user) + len(self.disks) + (self.card is not None)
+        return (
+            *(self.kernel, self.initramfs, self.monitor, self.serial, self.config),
+            *(device.socket for device in self.vhost_user),
+            *self.disks,
+            *(() if self.card is None else (self.card.socket,)),
+        )
 
 
 def kernel_line(arguments: Sequence[str]) -> str:
@@ -122,8 +122,8 @@ def command(layout: Layout) -> list[str]:
         # Virtio 1 only: what a stock kernel prefers, and what a file system device needs.
         *("-global", "virtio-mmio.force-legacy=false"),
         *("-sandbox", _SANDBOX),
-        *("-kernel", str(layout.kernel), "-initrd", str(layout.initramfs)),
-        *("-readconfig", f"/proc/self/fd/{layout.config}"),
+        *("-kernel", _opened(layout.kernel), "-initrd", _opened(layout.initramfs)),
+        *("-readconfig", _opened(layout.config)),
         *("-chardev", f"socket,id=monitor,fd={layout.monitor}"),
         *("-mon", "chardev=monitor,mode=control"),
         *("-chardev", f"socket,id=console,fd={layout.serial}"),
@@ -137,20 +137,20 @@ def command(layout: Layout) -> list[str]:
 def _vhost_user_devices(devices: tuple[VhostUser, ...]) -> list[str]:
     arguments = []
     for number, device in enumerate(devices):
-        arguments += ["-chardev", f"socket,id=vhost{number},path={device.socket}"]
+        arguments += ["-chardev", f"socket,id=vhost{number},fd={device.socket}"]
         properties = f",{device.properties}" if device.properties else ""
         arguments += ["-device", f"{device.driver},chardev=vhost{number}{properties}"]
     return arguments
 
 
-def _disks(disks: tuple[Path, ...]) -> list[str]:
+def _disks(disks: tuple[int, ...]) -> list[str]:
     arguments = []
-    for number, path in enumerate(disks):
+    for number, fd in enumerate(disks):
         drive = (
             f"driver=raw,node-name=disk{number},read-only=on,"
-            f"file.driver=file,file.filename={_quoted(str(path))}"
+            f"file.driver=file,file.filename=/dev/fdset/{number}"
         )
-        arguments += ["-blockdev", drive]
+        arguments += ["-add-fd", f"fd={fd},set={number}", "-blockdev", drive]
         arguments += ["-device", f"virtio-blk-device,drive=disk{number}"]
     return arguments
 
@@ -159,9 +159,13 @@ def _card(card: Card | None) -> list[str]:
     if card is None:
         return []
     return [
-        *("-netdev", f"stream,id=net,server=off,addr.type=unix,addr.path={card.socket}"),
+        *("-netdev", f"stream,id=net,server=off,addr.type=fd,addr.str={card.socket}"),
         *("-device", f"virtio-net-device,netdev=net,mac={card.mac},host_mtu={card.mtu}"),
     ]
+
+
+def _opened(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
 
 
 def _quoted(text: str) -> str:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
@@ -24,8 +25,16 @@ from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import NetworkError, UserNetwork
 from voidbus.vm.qemu.acceleration import find_acceleration
-from voidbus.vm.qemu.command import MAX_DEVICES, Card, VhostUser, config_text, kernel_line
+from voidbus.vm.qemu.command import (
+    MAX_DEVICES,
+    Card,
+    Layout,
+    VhostUser,
+    config_text,
+    kernel_line,
+)
 from voidbus.vm.qemu.host_clock import counter_khz
+from voidbus.vm.qemu.user import qemu_user, readable
 
 GUEST_CID = 3
 """The guest's vsock address: each machine has a vsock of its own, so the first free one does."""
@@ -39,9 +48,19 @@ _FS_QUEUE = "queue-size=1024"
 _HOSTNAME_BYTES = 63  # hostname(7)
 
 
+class Console(NamedTuple):
+    """Our ends of QEMU's control connection and of the machine's serial port."""
+
+    monitor: socket.socket
+    serial: socket.socket
+
+
 class Devices:
     """Started in order, closed in reverse. ``on_failed`` is called, on a device's thread, when
-    one can't go on."""
+    one can't go on.
+
+    What QEMU inherits is opened here too; ``layout`` tells of it, and whoever started QEMU closes
+    it with ``handed``."""
 
     def __init__(
         self,
@@ -58,20 +77,15 @@ class Devices:
         self._network: UserNetwork | None = None
         self._image: GuestImage
         self._arguments: list[str] = []
-        self.acceleration = find_acceleration().name
-        self.vhost_user: tuple[VhostUser, ...] = ()
-        self.disks: tuple[Path, ...] = ()
-        self.card: Card | None = None
+        self._acceleration = find_acceleration().name
+        self._vhost_user: list[VhostUser] = []
+        self._disks: list[int] = []
+        self._card: Card | None = None
+        self._handed = contextlib.ExitStack()
+        self.user = qemu_user(self._acceleration)
+        """Whom QEMU is to be, if not this process's user."""
         self.env: tuple[tuple[str, str], ...] = ()
         """What the image that is the root says of its programs' environment."""
-
-    @property
-    def kernel(self) -> Path:
-        return self._image.kernel
-
-    @property
-    def initramfs(self) -> Path:
-        return self._image.initramfs
 
     @property
     def kernel_line(self) -> str:
@@ -91,9 +105,8 @@ class Devices:
                 f"machine {name}: its devices could not be started: {error}; "
                 f"check the directory {self._spec.scratch}"
             ) from error
-        if (
-            count := len(self.vhost_user) + len(self.disks) + (self.card is not None)
-        ) > MAX_DEVICES:
+        count = len(self._vhost_user) + len(self._disks) + (self._card is not None)
+        if count > MAX_DEVICES:
             raise MachineError(
                 f"machine {name}: {count} devices, but a machine has room for {MAX_DEVICES}; "
                 "mount fewer directories"
@@ -122,7 +135,7 @@ class Devices:
 
     def _add_clock(self) -> None:
         """An emulated guest is told what it can't measure; KVM has a clock of its own for it."""
-        khz = counter_khz() if self.acceleration == "tcg" else None
+        khz = counter_khz() if self._acceleration == "tcg" else None
         if khz is not None:
             self._arguments += [f"tsc_early_khz={khz}", "tsc=reliable"]
 
@@ -136,7 +149,10 @@ class Devices:
             self.env = root.config.env
             self._arguments.append(f"voidbox.oci_rootfs_dev=/dev/{_disk_name(len(disks))}")
             disks.append(root.layer)
-        self.disks = tuple(disks)
+        for disk in disks:
+            fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+            self._handed.callback(os.close, fd)
+            self._disks.append(fd)
 
     def _add_vsock(self, here: Path) -> None:
         vsock = VhostUserVsock(
@@ -149,7 +165,19 @@ class Devices:
         self._open.callback(vsock.close)
         vsock.start()
         self._vsock = vsock
-        self.vhost_user += (VhostUser(_VHOST_VSOCK, "vhost-user-vsock-device"),)
+        self._add_served(here / _VHOST_VSOCK, "vhost-user-vsock-device")
+
+    def _add_served(self, path: Path, driver: str, properties: str = "") -> None:
+        self._vhost_user.append(VhostUser(self._connected(path), driver, properties))
+
+    def _connected(self, path: Path) -> int:
+        """QEMU's end of a connection to one of our sockets."""
+        sock = socket.socket(socket.AF_UNIX)
+        self._handed.callback(sock.close)
+        sock.setblocking(False)  # the one that listens is ours, with room for one
+        sock.connect(os.fspath(path))
+        sock.setblocking(True)
+        return sock.fileno()
 
     def _add_mount(self, here: Path, number: int) -> None:
         mount = self._spec.mounts[number]
@@ -166,7 +194,7 @@ class Devices:
         )
         self._open.callback(share.close)
         share.start()
-        self.vhost_user += (VhostUser(name, "vhost-user-fs-device", f"tag={tag},{_FS_QUEUE}"),)
+        self._add_served(here / name, "vhost-user-fs-device", f"tag={tag},{_FS_QUEUE}")
         mode = "rw" if mount.writable else "ro"
         self._arguments.append(f"voidbox.{tag}={tag}:{mount.guest_path}:{mode}")
 
@@ -181,8 +209,50 @@ class Devices:
         self._open.callback(network.close)
         network.start(max(0.0, deadline - time.monotonic()))
         self._network = network
-        self.card = Card(network.socket_path.name, MAC, MTU)
+        self._card = Card(self._connected(network.socket_path), MAC, MTU)
         self._arguments.append("voidbox.network=1")
+
+    def layout(self, program: str, kernel_words: str = "") -> tuple[Layout, Console]:
+        """What QEMU is made of, with our ends of its monitor and its console, which are the
+        caller's. ``kernel_words`` come after everything else the kernel is told. Once. Raises
+        OSError, ValueError."""
+        with contextlib.ExitStack() as ours:
+            monitor, monitor_in = self._pair(ours)
+            serial, serial_in = self._pair(ours)
+            config = os.memfd_create("voidbus-qemu")
+            self._handed.callback(os.close, config)
+            os.write(config, config_text(self.kernel_line + kernel_words).encode())
+            files = []
+            for path in (self._image.kernel, self._image.initramfs):
+                files.append(readable(path, self.user))
+                self._handed.callback(os.close, files[-1])
+            ours.pop_all()
+        layout = Layout(
+            name=self._spec.run_id,
+            program=program,
+            acceleration=self._acceleration,
+            memory_mb=self._spec.memory_mb,
+            vcpus=self._spec.vcpus,
+            kernel=files[0],
+            initramfs=files[1],
+            monitor=monitor_in,
+            serial=serial_in,
+            config=config,
+            vhost_user=tuple(self._vhost_user),
+            disks=tuple(self._disks),
+            card=self._card,
+        )
+        return layout, Console(monitor, serial)
+
+    def _pair(self, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
+        mine, theirs = socket.socketpair()
+        ours.callback(mine.close)
+        self._handed.callback(theirs.close)
+        return mine, theirs.fileno()
+
+    def handed(self) -> None:
+        """QEMU has been started, or never will be: close what it inherits. Again is fine."""
+        self._handed.close()
 
     def connect(self, port: int) -> socket.socket:
         """A stream to a port of the guest. Raises OSError."""
@@ -199,6 +269,7 @@ class Devices:
 
     def close(self) -> None:
         """Close everything, last first. Again is fine."""
+        self._handed.close()
         self._open.close()
 
 

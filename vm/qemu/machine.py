@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import select
@@ -21,11 +22,13 @@ from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import stat_fields
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.machine import Lease, MachineError, MachineExit, MachineSpec
-from voidbus.vm.qemu.command import Layout, command, config_text
+from voidbus.vm.qemu.command import Layout, command
 from voidbus.vm.qemu.devices import Devices
 from voidbus.vm.qemu.monitor import Monitor
 from voidbus.vm.qemu.process import INSTALL, PROGRAM, find_program, spawn
 from voidbus.vm.signal_name import signal_name
+
+log = logging.getLogger(__name__)
 
 AGENT_PORT = 1234
 """The vsock port of the guest agent (protocol, "Handshake")."""
@@ -75,44 +78,41 @@ class QemuMachine(AgentMachine):
         devices = Devices(self.spec, on_failed=self._fail, on_lease=self._on_lease)
         self._devices = devices  # closed by `close`, whatever happens now
         devices.start(deadline)
-        self._spawn(program, devices)
+        self._spawn(program, devices, deadline)
 
-    def _spawn(self, program: str, devices: Devices) -> None:
-        with contextlib.ExitStack() as theirs:
-            monitor, monitor_in = socket.socketpair()
-            theirs.callback(monitor_in.close)
-            serial, serial_in = socket.socketpair()
-            theirs.callback(serial_in.close)
-            errors, errors_in = os.pipe2(os.O_CLOEXEC)
-            theirs.callback(os.close, errors_in)
-            config = os.memfd_create("voidbus-qemu")
-            theirs.callback(os.close, config)
-            os.write(config, config_text(devices.kernel_line).encode())
-            layout = Layout(
-                name=self.spec.run_id,
-                program=program,
-                acceleration=devices.acceleration,
-                memory_mb=self.spec.memory_mb,
-                vcpus=self.spec.vcpus,
-                kernel=devices.kernel,
-                initramfs=devices.initramfs,
-                monitor=monitor_in.fileno(),
-                serial=serial_in.fileno(),
-                config=config,
-                vhost_user=devices.vhost_user,
-                disks=devices.disks,
-                card=devices.card,
+    def _spawn(self, program: str, devices: Devices, deadline: float) -> None:
+        try:
+            with contextlib.ExitStack() as ours:
+                layout, console = devices.layout(program)
+                for end in console:
+                    ours.callback(end.close)
+                errors, errors_in = os.pipe2(os.O_CLOEXEC)
+                ours.callback(os.close, errors)
+                theirs = contextlib.ExitStack()
+                theirs.callback(os.close, errors_in)
+                theirs.callback(devices.handed)
+                started = threading.Event()
+                watcher = threading.Thread(
+                    target=self._own,
+                    args=(layout, console.serial, errors, errors_in, theirs, started),
+                    name=f"{self.spec.name}-qemu",
+                    daemon=True,
+                )
+                self._monitor = Monitor(console.monitor)
+                watcher.start()
+                self._watcher = watcher
+                ours.pop_all()  # the monitor is closed by `_release`, the rest by the thread
+        except (OSError, ValueError, RuntimeError) as error:  # no descriptors, or no thread
+            raise MachineError(
+                f"machine {self.spec.name}: {program} could not be started: {error}"
+            ) from error
+        # It forks and executes, for which a host that is out of breath may take long; a start that
+        # was given next to no time ends for a better reason than that.
+        if not started.wait(max(KILL_SECONDS, deadline - time.monotonic())):
+            raise MachineError(
+                f"machine {self.spec.name}: {program} was not started in time; start it again, "
+                "with more time, when the host is less busy"
             )
-            self._monitor = Monitor(monitor)
-            started = threading.Event()
-            self._watcher = threading.Thread(
-                target=self._own,
-                args=(layout, serial, errors, errors_in, started),
-                name=f"{self.spec.name}-qemu",
-                daemon=True,
-            )
-            self._watcher.start()
-            started.wait()  # it forks and execs; nothing in it waits for anyone
         if self._child is None:
             raise MachineError(
                 f"machine {self.spec.name}: {program} could not be started: "
@@ -156,40 +156,58 @@ class QemuMachine(AgentMachine):
         serial: socket.socket,
         errors: int,
         errors_in: int,
+        theirs: contextlib.ExitStack,
         started: threading.Event,
     ) -> None:
         monitor = self._monitor
         assert monitor is not None
         with contextlib.ExitStack() as ours:
+            ours.callback(started.set)
+            ours.callback(self._gone.set)
             ours.callback(serial.close)
             ours.callback(os.close, errors)
             try:
-                child = spawn(command(layout), self.spec.scratch, layout.descriptors, errors_in)
+                child, pidfd = self._execute(layout, errors_in, theirs)
             except OSError as error:
                 self._errors.add(str(error).encode())
-                self._gone.set()
-                started.set()
                 return
-            try:
-                pidfd = os.pidfd_open(child.pid)
-                ours.callback(os.close, pidfd)
-                # Its start time is read before anyone can reap it.
-                lease = Lease("process", child.pid, int(stat_fields(child.pid)[19]))
-            except OSError as error:  # out of descriptors
-                child.kill()
-                child.wait()
-                self._errors.add(str(error).encode())
-                self._gone.set()
-                started.set()
-                return
-            with self._lock:
-                self._child = child
-            self._on_lease(lease)
+            ours.callback(os.close, pidfd)
             started.set()
             self._watch(pidfd, monitor, serial, errors)
             code = child.wait()  # the pidfd said that it has ended
-            self._gone.set()
         self._on_exit(MachineExit(self._end_text(code), code if code >= 0 else 128 - code))
+
+    def _execute(
+        self, layout: Layout, errors_in: int, theirs: contextlib.ExitStack
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        """Start QEMU, and hold it by a pidfd. Raises OSError; no QEMU is left then."""
+        devices = self._devices
+        assert devices is not None
+        with theirs:
+            child = spawn(
+                command(layout), self.spec.scratch, layout.descriptors, errors_in, devices.user
+            )
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except OSError:  # out of descriptors
+            child.kill()
+            child.wait()
+            raise
+        try:
+            # Its start time is read before anyone can reap it.
+            lease = Lease("process", child.pid, int(stat_fields(child.pid)[19]))
+        except OSError:
+            os.close(pidfd)
+            child.kill()
+            child.wait()
+            raise
+        with self._lock:
+            self._child = child
+            given_up = self._stopping.is_set()
+        self._on_lease(lease)
+        if given_up:
+            self._kill_child()
+        return child, pidfd
 
     def _watch(self, pidfd: int, monitor: Monitor, serial: socket.socket, errors: int) -> None:
         """Read what QEMU says until it has ended and nothing is left to read."""
@@ -285,7 +303,9 @@ class QemuMachine(AgentMachine):
             self._watcher.join(KILL_SECONDS)
             if self._watcher.is_alive():  # the kernel has not ended it yet (stuck on a disk)
                 self._kill_child()
-                self._watcher.join()
+                self._watcher.join(KILL_SECONDS)
+                if self._watcher.is_alive():
+                    log.error("machine %s: QEMU can't be ended yet", self.spec.name)
         if self._monitor is not None:
             self._monitor.close()
         if self._devices is not None:

@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from voidbus.vm.qemu.user import QemuUser
+
 # The parent-death signal belongs to the thread that forked (prctl(2)), so that thread must live
 # as long as QEMU. It is set after the fork; the shell finds out whether the parent died before.
 _STILL_OURS = '[ "$PPID" = "$0" ] && exec "$@"'
@@ -18,21 +20,31 @@ PROGRAM = "qemu-system-x86_64"
 INSTALL = "sudo apt-get install --no-install-recommends qemu-system-x86"
 
 
-def sealed(arguments: Sequence[str]) -> list[str]:
-    """A command that ends with the calling thread and keeps no capability of root. Root's files
-    stay readable to it; everything else root may do is gone."""
+def sealed(arguments: Sequence[str], user: QemuUser | None = None) -> list[str]:
+    """A command that ends with the calling thread, gains no privilege, and keeps no capability of
+    root: as ``user``, or as this process's."""
     drop = ["--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
-    seal = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs", *drop]
+    become: list[str] = []
+    if user is not None:
+        groups = ",".join(map(str, user.groups))
+        become = ["--reuid", str(user.uid), "--regid", str(user.gid)]
+        become += ["--groups", groups] if groups else ["--clear-groups"]
+    # setpriv sets the signal after the user, whose change would clear it (prctl(2)).
+    seal = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs", *drop, *become]
     return [*seal, "sh", "-c", _STILL_OURS, str(os.getpid()), *arguments]
 
 
 def spawn(
-    arguments: Sequence[str], folder: Path, descriptors: tuple[int, ...], errors: int
+    arguments: Sequence[str],
+    folder: Path,
+    descriptors: tuple[int, ...],
+    errors: int,
+    user: QemuUser | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start it in ``folder``; its words go to ``errors``. Call it on a thread that outlives the
-    child. Raises OSError."""
+    """Start it in ``folder``, by which one can tell whose it is, though it may not enter it; its
+    words go to ``errors``. Call it on a thread that outlives the child. Raises OSError."""
     return subprocess.Popen(
-        sealed(arguments),
+        sealed(arguments, user),
         stdin=subprocess.DEVNULL,
         stdout=errors,
         stderr=errors,
