@@ -33,6 +33,7 @@ from voidbus.actors.workloads.make import machines_at_once, make_workload
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec
 from voidbus.transport.leaf import Leaf
+from voidbus.vm.descriptors import raise_descriptor_limit
 from voidbus.vm.machine import MachineSpec, Mount
 from voidbus.vm.select import select_machine
 
@@ -57,6 +58,7 @@ def run(config_bytes: bytes) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    raise_descriptor_limit()
     config = RunConfig.model_validate_json(config_bytes)
     process = RunProcess(config)
     try:

@@ -24,9 +24,13 @@ _libc.renameat2.argtypes = [
 _libc.getdents64.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
 _libc.getdents64.restype = ctypes.c_ssize_t
 _libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fstatfs64.argtypes = [ctypes.c_int, ctypes.c_char_p]
 for _call in (_libc.setfsuid, _libc.setfsgid):
     _call.argtypes = [ctypes.c_uint32]
     _call.restype = ctypes.c_uint32
+
+_STATFS_BYTES = 256
+"""Room for a ``struct statfs64``, which has 120 bytes on 64-bit Linux."""
 
 _NOBODY_AT_ALL = 0xFFFFFFFF
 """The id that is none: setfsuid(2) refuses it, and so only tells the present one."""
@@ -63,6 +67,15 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     can't, which for a large length would take as long as the guest likes."""
     if _libc.fallocate64(descriptor, mode, offset, length):
         _raise_errno("fallocate")
+
+
+def file_system_magic(descriptor: int) -> int:
+    """fstatfs(2): the number of the kind of file system an open file is on, ``f_type``."""
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs64(descriptor, buffer):
+        _raise_errno("fstatfs")
+    # Its first field, a long (asm-generic/statfs.h); the numbers have 32 bits.
+    return ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
 
 
 def set_file_system_ids(uid: int, gid: int) -> bool:

@@ -38,14 +38,16 @@ class ShareLimits:
     """Files and directories open at a time; one more is ENFILE."""
 
     @classmethod
-    def of_process(cls) -> ShareLimits:
-        """Limits for a process with this RLIMIT_NOFILE: several shares fit beside all else."""
+    def of_process(cls, shares: int = 1) -> ShareLimits:
+        """Limits of each of so many shares: together they have half of the descriptors that this
+        process may have (RLIMIT_NOFILE), as long as each has a few."""
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if soft == resource.RLIM_INFINITY:
             soft = 1 << 20
+        each = soft // 2 // max(1, shares)
         return cls(
-            descriptors=max(_SPARE_DESCRIPTORS, min(soft // 16, 1024)),
-            handles=max(16, min(soft // 8, 4096)),
+            descriptors=max(_SPARE_DESCRIPTORS, min(each // 3, 1024)),
+            handles=max(16, min(each * 2 // 3, 4096)),
         )
 
 

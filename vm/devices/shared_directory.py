@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from voidbus.vm.devices import linux_calls
 from voidbus.vm.devices.fuse_messages import Attributes, SetAttrFlag, SetAttrIn
+from voidbus.vm.devices.kernel_file_systems import kernel_file_system
 from voidbus.vm.devices.share_files import OpenFiles, taken_flags
 from voidbus.vm.devices.share_identity import (
     GUEST_GID,
@@ -60,6 +61,12 @@ class SharedDirectory:
         self._writable = writable
         root = _open_root(directory)
         try:
+            kind = kernel_file_system(root)
+            if kind is not None:
+                raise MountError(
+                    f"{directory} can't be shared: it is on {kind}, by which the host's kernel is "
+                    "spoken to. Share a directory with files, or copy what is needed of it."
+                )
             self._identity = ShareIdentity(os.fstat(root))
         except OSError as error:
             os.close(root)
@@ -67,6 +74,9 @@ class SharedDirectory:
                 f"{directory} can't be shared: {error}. Run voidbus as its owner, or with "
                 "CAP_SETUID and CAP_SETGID."
             ) from None
+        except MountError:
+            os.close(root)
+            raise
         self._nodes = NodeTable(root, limits)
         with self.acting():
             usable = _may(root, os.R_OK | os.X_OK)
@@ -323,8 +333,22 @@ class SharedDirectory:
         return os.stat(name, dir_fd=self._nodes.descriptor(directory), follow_symlinks=False)
 
     def _found(self, directory: Node, name: bytes, what: os.stat_result) -> Entry:
+        if what.st_dev != directory.place[0]:
+            self._require_files(directory, name, what)
         node = self._nodes.found(directory, name, what)
         return Entry(node.number, self._identity.attributes(what))
+
+    def _require_files(self, directory: Node, name: bytes, what: os.stat_result) -> None:
+        """EACCES where another file system begins that is the kernel's and not of files."""
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        opened = os.open(name, flags, dir_fd=self._nodes.descriptor(directory))
+        try:
+            if os.fstat(opened).st_dev != what.st_dev:
+                raise OSError(errno.ESTALE, "another file has its name")
+            if (kind := kernel_file_system(opened)) is not None:
+                raise OSError(errno.EACCES, f"{kind} is not shared")
+        finally:
+            os.close(opened)
 
     # -- the end --------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from voidbus.vm.devices.event_loop import EventLoop
+from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.shared_directory import MountError, SharedDirectory
 from voidbus.vm.devices.vhost_user import VhostUserBackend
 from voidbus.vm.devices.virtio_fs import VirtioFs
@@ -29,12 +30,14 @@ class VhostUserFs:
         writable: bool,
         name: str,
         on_failed: Callable[[str], None],
+        limits: ShareLimits | None = None,
     ) -> None:
         """``tag`` is what the guest mounts, 36 bytes of UTF-8 at most (else ValueError); ``name``
         is for the thread and for messages. ``on_failed`` is called at most once, on this mount's
-        thread, with the reason the device can't go on. The directory is opened here: MountError
-        if it can't be shared."""
-        self._share = SharedDirectory(directory, writable=writable)
+        thread, with the reason the device can't go on. ``limits`` are those of the only share of
+        a process where nothing is said. The directory is opened here: MountError if it can't be
+        shared."""
+        self._share = SharedDirectory(directory, writable=writable, limits=limits)
         try:
             device = VirtioFs(self._share, tag)
             self._loop = EventLoop(name, on_failed)

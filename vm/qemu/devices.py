@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
 from voidbus.vm.image.oci import unpack_image
@@ -189,6 +190,7 @@ class Devices:
             mount.host_path,
             tag,
             writable=mount.writable,
+            limits=ShareLimits.of_process(len(self._spec.mounts)),
             name=f"{self._spec.name}-{tag}",
             on_failed=self._on_failed,
         )
