@@ -6,7 +6,6 @@ one that was taken over by it may end this device, and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from voidbus.vm.devices.device import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
 from voidbus.vm.devices.event_loop import EDGE, READ, EventLoop
 from voidbus.vm.devices.faults import DeviceError
 from voidbus.vm.devices.memory import GuestMemory, MemoryRegion
-from voidbus.vm.devices.unix_listener import listen_unix
+from voidbus.vm.devices.unix_listener import UnixListener
 from voidbus.vm.devices.vhost_user_messages import (
     CONFIG_HEADER,
     F_PROTOCOL_FEATURES,
@@ -43,8 +42,6 @@ from voidbus.vm.devices.virtqueue import MAX_QUEUE_SIZE, RingAddresses, Virtqueu
 
 PROTOCOL_FEATURES = PROTOCOL_F_MQ | PROTOCOL_F_REPLY_ACK | PROTOCOL_F_CONFIG
 
-_PAUSE_SECONDS = 0.1  # before the next try where descriptors were lacking
-
 _MESSAGES_A_TURN = 32
 
 
@@ -59,9 +56,8 @@ class VhostUserBackend:
 
     def __init__(self, device: VirtioDevice, listen_path: Path, loop: EventLoop) -> None:
         self._device = device
-        self._path = listen_path
         self._loop = loop
-        self._listener: socket.socket | None = None
+        self._listener = UnixListener(listen_path, 1, self._accept)
         self._front_end: FrontEnd | None = None
         self._features = 0
         self._protocol_features = 0
@@ -92,31 +88,16 @@ class VhostUserBackend:
     def listen(self) -> None:
         """Bind the socket (mode 0600) and attach the device. Before the loop starts. From here
         on the loop's end releases everything. Raises OSError, ValueError (path too long)."""
-        self._listener = listen_unix(self._path, backlog=1)
+        self._listener.listen(self._loop)
         self._loop.at_end(self._end)
         self._device.attach(self._loop)
-        self._watch()
+        self._listener.start()
 
     # -- the connection -------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        if self._listener is not None:
-            self._loop.watch(self._listener.fileno(), READ, self._accept)
-
-    def _accept(self, _: int) -> None:
-        if self._listener is None:
-            return
-        try:
-            sock, _address = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError:
-            # Out of descriptors: the front end waits in the backlog, and we do not spin.
-            self._loop.unwatch(self._listener.fileno())
-            self._loop.later(_PAUSE_SECONDS, self._watch)
-            return
+    def _accept(self, sock: socket.socket) -> None:
         self._front_end = FrontEnd(sock)
-        self._loop.unwatch(self._listener.fileno())
+        self._listener.stop()
         self._loop.watch(sock.fileno(), READ, self._receive)
 
     def _receive(self, _: int) -> None:
@@ -134,8 +115,7 @@ class VhostUserBackend:
                     message.close()
         except FrontEndGone:
             self._disconnect()
-            if self._listener is not None:
-                self._loop.watch(self._listener.fileno(), READ, self._accept)
+            self._listener.start()
 
     def _disconnect(self) -> None:
         for ring in self._rings:
@@ -153,12 +133,7 @@ class VhostUserBackend:
         try:
             self._disconnect()
         finally:
-            if self._listener is not None:
-                self._loop.unwatch(self._listener.fileno())
-                self._listener.close()
-                self._listener = None
-                with contextlib.suppress(OSError):
-                    self._path.unlink()
+            self._listener.close()
             self._device.close()
 
     def _handle(self, front_end: FrontEnd, message: Message) -> None:

@@ -3,7 +3,6 @@ Hypervisor, so that their tools work with it."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import socket
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from voidbus.vm.devices.event_loop import HANGUP, READ, EventLoop
-from voidbus.vm.devices.unix_listener import check_path, listen_unix
+from voidbus.vm.devices.unix_listener import UnixListener, check_path
 
 MAX_GREETERS = 128
 """Clients that have not yet said which port they want."""
@@ -22,7 +21,6 @@ GREETING_SECONDS = 5.0
 _LINE = re.compile(rb"CONNECT (\d{1,10})\r?\n")
 _MAX_LINE = 32
 _BACKLOG = 128
-_PAUSE_SECONDS = 0.5  # before accepting again when this process is out of descriptors
 
 Connect = Callable[[int, socket.socket, Callable[[int], bool]], None]
 
@@ -48,9 +46,8 @@ class HostSockets:
     def __init__(self, path: Path, connect: Connect) -> None:
         """Raises ValueError when the path, with a port behind it, is too long."""
         check_path(path, room=len("_4294967295"))
-        self._path = path
         self._connect = connect
-        self._listener: socket.socket | None = None
+        self._listener = UnixListener(path, _BACKLOG, self._accept)
         self._greeters: dict[socket.socket, tuple[bytearray, float]] = {}
         self._sweeping = False
 
@@ -58,26 +55,11 @@ class HostSockets:
         """Bind the socket (mode 0600), before the loop starts. Its end releases everything.
         Raises OSError."""
         self._loop = loop
-        self._listener = listen_unix(self._path, _BACKLOG)
+        self._listener.listen(loop)
         loop.at_end(self._end)
-        self._watch()
+        self._listener.start()
 
-    def _watch(self) -> None:
-        if self._listener is not None:
-            self._loop.watch(self._listener.fileno(), READ, self._accept)
-
-    def _accept(self, _: int) -> None:
-        if self._listener is None:
-            return
-        try:
-            sock, _address = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError:
-            # Out of descriptors: the client waits in the backlog, and we do not spin.
-            self._loop.unwatch(self._listener.fileno())
-            self._loop.later(_PAUSE_SECONDS, self._watch)
-            return
+    def _accept(self, sock: socket.socket) -> None:
         if len(self._greeters) >= MAX_GREETERS:
             sock.close()
             return
@@ -139,9 +121,4 @@ class HostSockets:
     def _end(self) -> None:
         for sock in list(self._greeters):
             self._drop(sock)
-        if self._listener is not None:
-            self._loop.unwatch(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        self._listener.close()
