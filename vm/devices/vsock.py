@@ -14,6 +14,7 @@ from voidbus.vm.devices.device import QUEUE_SIZE, RING_FEATURES, VirtioDevice
 from voidbus.vm.devices.event_loop import HANGUP, WRITE, EventLoop
 from voidbus.vm.devices.virtqueue import Chain, Virtqueue
 from voidbus.vm.devices.vsock_connection import SMALL_WINDOW, WINDOW, Connection, Owed
+from voidbus.vm.devices.vsock_first_requests import FirstRequests
 from voidbus.vm.devices.vsock_packets import (
     F_STREAM,
     HEADER,
@@ -74,6 +75,7 @@ class VsockDevice(VirtioDevice):
         self._guest_cid = guest_cid
         self._open_port = open_port
         self._to_guest = ToGuest(guest_cid, self.stats, self._moved)
+        self._first = FirstRequests(self._ask_again)
         self._tx: Virtqueue | None = None
         self._connections: dict[tuple[int, int], Connection] = {}
         self._draining: set[Connection] = set()
@@ -89,6 +91,7 @@ class VsockDevice(VirtioDevice):
 
     def attach(self, loop: EventLoop) -> None:
         self._loop = loop
+        self._first.attach(loop)
 
     def config(self) -> bytes:
         return struct.pack("<Q", self._guest_cid)
@@ -96,6 +99,7 @@ class VsockDevice(VirtioDevice):
     def queue_started(self, index: int, queue: Virtqueue) -> None:
         if index == RX:
             self._to_guest.start(queue)
+            self._first.driver_is_up()
         elif index == TX:
             self._tx = queue
 
@@ -116,6 +120,7 @@ class VsockDevice(VirtioDevice):
         for connection in [*self._connections.values(), *self._draining]:
             self._forget(connection)
         self._to_guest.clear()
+        self._first.reset()
         self._tx_held = False
 
     def close(self) -> None:
@@ -142,7 +147,14 @@ class VsockDevice(VirtioDevice):
         connection.on_accepted = on_accepted
         self._expire(connection, CONNECT_SECONDS)
         self._to_guest.owe(connection, Owed.REQUEST)
+        self._first.asked(connection)
         self._watch(connection)
+        self._flush()
+
+    def _ask_again(self, connections: list[Connection]) -> None:
+        for connection in connections:
+            connection.repeated = True
+            self._to_guest.owe(connection, Owed.REQUEST)
         self._flush()
 
     def _free_port(self, peer_port: int) -> int:
@@ -258,6 +270,7 @@ class VsockDevice(VirtioDevice):
 
     def _take(self, chain: Chain) -> None:
         self.stats.packets_from_guest += 1
+        self._first.heard()
         if chain.readable_bytes < HEADER.size:
             self.stats.dropped += 1
             return
@@ -281,15 +294,22 @@ class VsockDevice(VirtioDevice):
             self._take_reset(connection)
         elif not connection.accepted:
             self._take_answer(connection, header.op)
-        elif header.op == Op.SHUTDOWN:
-            self._take_shutdown(connection, header.flags)
-        elif header.op == Op.CREDIT_REQUEST:
-            self._to_guest.owe(connection, Owed.CREDIT_UPDATE)
-        elif header.op != Op.CREDIT_UPDATE:
-            self._break(connection)
+        else:
+            self._take_word(connection, header)
         if connection.stalled and connection.credit:
             connection.stalled = connection.asked = False
             self._watch(connection)
+
+    def _take_word(self, connection: Connection, header: Header) -> None:
+        """What carries no data, on a connection that stands."""
+        if header.op == Op.SHUTDOWN:
+            self._take_shutdown(connection, header.flags)
+        elif header.op == Op.CREDIT_REQUEST:
+            self._to_guest.owe(connection, Owed.CREDIT_UPDATE)
+        elif header.op == Op.RESPONSE and connection.repeated:
+            pass  # asked twice, answered twice
+        elif header.op != Op.CREDIT_UPDATE:
+            self._break(connection)
 
     def _take_new(self, header: Header) -> None:
         """A packet of no connection: it asks for one, or is answered by a reset."""

@@ -54,6 +54,7 @@ class Connection:
         "peer_forwarded",
         "peer_port",
         "received",
+        "repeated",
         "sent",
         "sock",
         "stalled",
@@ -69,6 +70,8 @@ class Connection:
         self.peer_port = peer_port
         self.window = window
         self.accepted = False
+        self.repeated = False
+        """The guest was sent more than one request for it."""
         self.closed = False
         self.on_accepted: Callable[[int], bool] | None = None
         self.deadline: float | None = None

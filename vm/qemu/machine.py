@@ -50,8 +50,10 @@ class QemuMachine(AgentMachine):
     name: ClassVar[str] = "qemu"
     isolation: ClassVar[str] = "vm"
 
-    # An agent that is just up answers late where it is emulated; a try given up costs it another.
-    pong_wait = (0.25, 0.5)
+    # A connection waits in the device until the driver is up, and is refused at once by a guest
+    # that does not listen yet. So nothing is gained by giving one up; and an agent that is just
+    # up, which answers late where it is emulated, would have to serve another.
+    pong_wait = (10.0, 10.0)
 
     def __init__(
         self,
