@@ -10,6 +10,7 @@ from voidbus.vm.guest.boot_line import (
     Share,
     parse_boot_line,
     split_parameters,
+    with_more,
     without_secret,
 )
 
@@ -88,6 +89,7 @@ def test_a_mount_stays_out_of_what_belongs_to_the_machine(path: str) -> None:
         ("voidbus.net", "10.0.2.015/24,10.0.2.2"),
         ("voidbus.net", "10.0.2.15/24"),
         ("voidbus.layers", "../vda"),
+        ("voidbus.more", "/etc/passwd"),
         ("voidbox.oci_rootfs_dev", "/etc/passwd"),
         ("voidbox.oci_rootfs", "../x"),
     ],
@@ -120,6 +122,20 @@ def test_the_line_for_programs_has_everything_but_the_secret() -> None:
     shown = without_secret(LINE)
     assert SECRET not in shown
     assert shown == LINE.replace(f"voidbox.secret={SECRET} ", "") + "\n"
+
+
+def test_further_keys_come_from_a_device_up_to_its_first_zero() -> None:
+    text = f"voidbox.secret={SECRET} voidbus.more=vdb\n"
+    assert parse_boot_line(text).more == "/dev/vdb"
+    line = parse_boot_line(with_more(text, b"voidbox.mount0=mount0:/a:rw" + bytes(100) + b"x=y"))
+    assert [share.guest_path for share in line.shares] == ["/a"]
+    assert line.secret is not None
+    assert line.faults == ()
+
+
+@given(st.binary(max_size=300))
+def test_no_device_with_further_keys_makes_the_parser_raise(data: bytes) -> None:
+    parse_boot_line(with_more("a=b", data))
 
 
 @given(st.text(max_size=300))

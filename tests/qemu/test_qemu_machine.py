@@ -18,7 +18,8 @@ from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import stat_fields
 from voidbus.vm.image.cpio import directory, write_archive
 from voidbus.vm.image.store import default_store
-from voidbus.vm.machine import MachineError
+from voidbus.vm.machine import MachineError, Mount
+from voidbus.vm.qemu.command import MAX_DEVICES
 from voidbus.vm.qemu.devices import VSOCK_SOCKET
 from voidbus.vm.qemu.machine import QemuMachine
 from voidbus.vm.qemu.user import qemu_user
@@ -30,6 +31,18 @@ def status_of(pid: int) -> dict[str, str]:
     """What the kernel says of a process (proc_pid_status(5))."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def make_mounts(folder: Path, count: int) -> tuple[Mount, ...]:
+    """Directories with a file each, and long paths in the guest; every other one is writable."""
+    mounts = []
+    for number in range(count):
+        given = folder / f"given{number}"
+        given.mkdir()
+        (given / "name").write_text(f"{number}\n")
+        guest_path = f"/data/a-rather-long-name-for-a-directory/of-the-guest/{number}"
+        mounts.append(Mount(given, guest_path, writable=number % 2 == 1))
+    return tuple(mounts)
 
 
 class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance):
@@ -164,6 +177,35 @@ class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance
     def test_several_processors_are_seen_by_the_guest(self, make: MakeGuest) -> None:
         channel = make(vcpus=2).start().channel
         assert run(channel, "nproc").stdout == b"2\n"
+
+    def test_a_machine_full_of_mounts_has_them_all(self, make: MakeGuest, tmp_path: Path) -> None:
+        # With the vsock and the disk that tells of mounts for which the kernel's line has no room.
+        mounts = make_mounts(tmp_path, MAX_DEVICES - 2)
+        guest = make(mounts=mounts).start()
+        paths = [mount.guest_path for mount in mounts]
+        names = run(guest.channel, "cat", *(f"{path}/name" for path in paths)).stdout
+        assert names.split() == [str(number).encode() for number in range(len(mounts))]
+        assert shell(guest.channel, f"echo x >{paths[1]}/new").result().exit_code == 0
+        assert shell(guest.channel, f"echo x >{paths[0]}/new").result().exit_code != 0
+        assert b"voidbus.more=vda" in run(guest.channel, "cat", "/proc/cmdline").stdout
+
+    def test_one_mount_too_many_is_refused_before_the_start(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        guest = make(mounts=make_mounts(tmp_path, MAX_DEVICES - 1))
+        with pytest.raises(MachineError, match="24 devices, but a machine has room for 23; mount"):
+            guest.machine.start(START_WAIT)
+        assert guest.leases == []
+
+    def test_a_guest_of_others_is_told_of_mounts_by_its_line_only(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        image = default_store().current()
+        mounts = make_mounts(tmp_path, 20)
+        guest = make(mounts=mounts, kernel=image.kernel, initramfs=image.initramfs)
+        with pytest.raises(MachineError, match=r"line of \d+ bytes is too long; use fewer mounts"):
+            guest.machine.start(START_WAIT)
+        assert guest.leases == []
 
     def test_qemu_dies_with_the_host_process(self, tmp_path: Path) -> None:
         program = (

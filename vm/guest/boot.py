@@ -11,7 +11,7 @@ import socket
 import time
 
 from . import layers, mounts
-from .boot_line import BootLine, parse_boot_line, without_secret
+from .boot_line import MORE_BYTES, BootLine, parse_boot_line, with_more, without_secret
 from .frames import GUEST_PORT
 from .identity import SANDBOX
 from .kernel_log import KernelLog
@@ -91,9 +91,21 @@ class Boot:
         self.line = parse_boot_line(text)
         mounts.cover_file("/proc/cmdline", os.fsencode(without_secret(text)), "/run/cmdline")
         os.chmod("/dev/kmsg", 0o600)  # noqa: PTH101 - pathlib loads slowly
+        if self.line.more is not None:
+            self._read_more(text, self.line.more)
         self._failed(*self.line.faults)
         if self.line.clock is not None and (fault := set_clock(self.line.clock)) is not None:
             self._failed(fault)
+
+    def _read_more(self, text: str, device: str) -> None:
+        """Read the keys there was no room for on the command line."""
+        from .block_device import read_start
+
+        self._failed(*self._modules.load(("virtio_mmio", "virtio_pci", "virtio_blk")))
+        try:
+            self.line = parse_boot_line(with_more(text, read_start(device, MORE_BYTES)))
+        except OSError as error:
+            self._failed(f"voidbus.more={device}: {error.strerror}")
 
     def _make_root(self) -> None:
         line = self.line

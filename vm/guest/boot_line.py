@@ -4,7 +4,7 @@ Keys of the protocol ("Guest agent boot"): ``voidbox.secret``, ``voidbox.clock``
 ``voidbox.network=1``, ``voidbox.mount<N>=mount<N>:<guest path>:<ro|rw>``,
 ``voidbox.oci_rootfs=<path>``, ``voidbox.oci_rootfs_dev=<device>``. Our own:
 ``voidbus.hostname=``, ``voidbus.net=<address>/<prefix>,<gateway>[,<DNS server>...]``,
-``voidbus.layers=vda,vdb``.
+``voidbus.layers=vda,vdb``, ``voidbus.more=vda``.
 
 A value that can't be used becomes a fault, never an exception: a machine that stays silent is
 worse than one that says what it lacks. A fault never repeats the secret.
@@ -20,6 +20,9 @@ SECRET_DIGITS = 64
 
 TAG_BYTES = 36
 """Longest tag of a virtio file system (virtio 1.2, 5.11.4)."""
+
+MORE_BYTES = 64 * 1024
+"""How much of the device of ``voidbus.more`` is read."""
 
 CLOCK_LIMIT = 2**33
 """The latest time believed, in seconds since 1970: the year 2242."""
@@ -53,10 +56,10 @@ class NetworkSettings(NamedTuple):
 class BootLine:
     """The keys, each with what it means when it is absent: None, or an empty tuple.
 
-    ``clock`` is seconds since 1970; ``layers`` and ``rootfs_device`` are paths below /dev;
-    ``rootfs_path`` is where the root file system was or is to be mounted; ``restart`` tells
-    that the machine ends by a restart (``reboot=t``) and not by turning its power off;
-    ``faults`` are the values that could not be used.
+    ``clock`` is seconds since 1970; ``layers``, ``rootfs_device`` and ``more``, which holds
+    further keys, are paths below /dev; ``rootfs_path`` is where the root file system was or is to
+    be mounted; ``restart`` tells that the machine ends by a restart (``reboot=t``) and not by
+    turning its power off; ``faults`` are the values that could not be used.
     """
 
     def __init__(self) -> None:
@@ -66,6 +69,7 @@ class BootLine:
         self.network: NetworkSettings | None = None
         self.shares: tuple[Share, ...] = ()
         self.layers: tuple[str, ...] = ()
+        self.more: str | None = None
         self.rootfs_device: str | None = None
         self.rootfs_path: str | None = None
         self.restart = False
@@ -116,6 +120,11 @@ def parse_boot_line(text: str) -> BootLine:
     line.restart = "reboot" in values
     line.faults = tuple(faults)
     return line
+
+
+def with_more(text: str, data: bytes) -> str:
+    """The command line with the keys of another device after it: text up to the first NUL."""
+    return f"{text.rstrip()} {data.partition(bytes(1))[0].decode(errors='replace')}"
 
 
 def without_secret(text: str) -> str:
@@ -202,6 +211,11 @@ def _read_roots(line: BootLine, values: dict[str, str], faults: list[str]) -> No
         elif name:
             faults.append(f"voidbus.layers: {_shown(name)} is not the name of a device")
     line.layers = tuple(layers)
+    more = values.get("voidbus.more")
+    if more:
+        line.more = _device(more)
+        if line.more is None:
+            faults.append(f"voidbus.more={_shown(more)}: not the name of a device")
     device_text = values.get("voidbox.oci_rootfs_dev")
     if device_text:
         line.rootfs_device = _device(device_text)

@@ -7,12 +7,11 @@ mounted already is moved into it, and it is moved onto ``/`` itself.
 
 from __future__ import annotations
 
-import errno
 import os
-import time
 from collections.abc import Iterable
 
 from . import kernel
+from .block_device import read_start
 from .boot_line import BootLine, Share
 from .modules import Modules
 from .mounts import mount_at, place
@@ -22,9 +21,6 @@ PRIVATE = "/run/voidbus"
 
 BASE = "/opt/voidbus"
 """Where an image's root has the initramfs, read-only."""
-
-DEVICE_SECONDS = 3.0
-"""How long a block device may take to appear once its driver is loaded."""
 
 _PLAIN = kernel.MS_RDONLY | kernel.MS_NODEV | kernel.MS_NOSUID
 _MOVED = ("/proc", "/sys", "/dev", "/tmp")  # noqa: S108 - mount points
@@ -96,21 +92,10 @@ def _mount_device(device: str, modules: Modules) -> str:
 
 
 def _read_head(device: str) -> bytes:
-    deadline = time.monotonic() + DEVICE_SECONDS
-    while True:
-        try:
-            fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENXIO):
-                raise
-            if time.monotonic() >= deadline:
-                raise RootError(f"there is no block device {device}") from None
-            time.sleep(0.01)
-            continue
-        try:
-            return os.read(fd, _HEAD_BYTES)
-        finally:
-            os.close(fd)
+    try:
+        return read_start(device, _HEAD_BYTES)
+    except FileNotFoundError:
+        raise RootError(f"there is no block device {device}") from None
 
 
 def _overlay(lower: Iterable[str], modules: Modules) -> str:

@@ -18,6 +18,9 @@ _ARCHIVES = (
     *(b"070701", b"070702", b"\x1f\x8b", b"BZh", b"\x5d\0\0", b"\xfd7zXZ\0", b"\x89LZO"),
     *(b"\x02\x21\x4c\x18", b"\x28\xb5\x2f\xfd"),
 )
+GIVEN = "custom"
+"""The name of an image that is not ours, and may know no more than the protocol."""
+
 _INIT_SIZE = 0x260
 """Where a bzImage says how much memory it needs to start (boot protocol 2.10)."""
 
@@ -68,13 +71,13 @@ def given_image(kernel: Path, initramfs: Path) -> GuestImage:
                 f"{_remedy('initramfs')}"
             )
     manifest = Manifest(
-        name="custom",
+        name=GIVEN,
         kernel_bytes=_kernel_bytes(kernel),
         unpacked_bytes=files[1].size,
         files=tuple(files),
     )
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()
-    return GuestImage("custom", digest, kernel, initramfs, manifest)
+    return GuestImage(GIVEN, digest, kernel, initramfs, manifest)
 
 
 def _remedy(what: str) -> str:

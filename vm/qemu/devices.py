@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import time
@@ -13,6 +14,8 @@ from typing import NamedTuple
 from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
+from voidbus.vm.guest.boot_line import MORE_BYTES
+from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.oci import unpack_image
 from voidbus.vm.image.store import (
     GuestImage,
@@ -27,6 +30,7 @@ from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import NetworkError, UserNetwork
 from voidbus.vm.qemu.acceleration import find_acceleration
 from voidbus.vm.qemu.command import (
+    LONGEST_LINE,
     MAX_DEVICES,
     Card,
     Layout,
@@ -46,6 +50,8 @@ VSOCK_SOCKET = "vsock.sock"
 _VHOST_VSOCK = "vsock.vhost"
 # The largest queue of QEMU's device: with its default of 128 a request holds 496 KiB at most.
 _FS_QUEUE = "queue-size=1024"
+_SECTOR = 512
+_FINAL = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _HOSTNAME_BYTES = 63  # hostname(7)
 
 
@@ -78,6 +84,7 @@ class Devices:
         self._network: UserNetwork | None = None
         self._image: GuestImage
         self._arguments: list[str] = []
+        self._mount_arguments: list[str] = []
         self._acceleration = find_acceleration().name
         self._vhost_user: list[VhostUser] = []
         self._disks: list[int] = []
@@ -133,6 +140,7 @@ class Devices:
             self._add_mount(here, number)
         if spec.network:
             self._add_network(here, deadline)
+        self._tell_of_mounts()
 
     def _add_clock(self) -> None:
         """An emulated guest is told what it can't measure; KVM has a clock of its own for it."""
@@ -151,9 +159,7 @@ class Devices:
             self._arguments.append(f"voidbox.oci_rootfs_dev=/dev/{_disk_name(len(disks))}")
             disks.append(root.layer)
         for disk in disks:
-            fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
-            self._handed.callback(os.close, fd)
-            self._disks.append(fd)
+            self._add_disk(disk)
 
     def _add_vsock(self, here: Path) -> None:
         vsock = VhostUserVsock(
@@ -198,7 +204,31 @@ class Devices:
         share.start()
         self._add_served(here / name, "vhost-user-fs-device", f"tag={tag},{_FS_QUEUE}")
         mode = "rw" if mount.writable else "ro"
-        self._arguments.append(f"voidbox.{tag}={tag}:{mount.guest_path}:{mode}")
+        self._mount_arguments.append(f"voidbox.{tag}={tag}:{mount.guest_path}:{mode}")
+
+    def _tell_of_mounts(self) -> None:
+        """On the kernel's command line, as the protocol has it. Where they have no room there, a
+        guest of ours reads them from a disk; any other gets the error of a line that is too long.
+        Raises ValueError."""
+        together = kernel_line([*self._arguments, *self._mount_arguments])
+        if len(together) <= LONGEST_LINE or self._image.name == GIVEN:
+            self._arguments += self._mount_arguments
+            return
+        text = " ".join(self._mount_arguments).encode()
+        if len(text) > MORE_BYTES:
+            raise ValueError("the guest paths of the mounts are too long; use shorter ones")
+        self._arguments.append(f"voidbus.more={_disk_name(len(self._disks))}")
+        with contextlib.ExitStack() as stack:
+            memory = os.memfd_create("voidbus-more", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            stack.callback(os.close, memory)
+            os.write(memory, text.ljust(-len(text) // _SECTOR * -_SECTOR, b"\0"))
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _FINAL)
+            self._add_disk(Path(f"/proc/self/fd/{memory}"))
+
+    def _add_disk(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._handed.callback(os.close, fd)
+        self._disks.append(fd)
 
     def _add_network(self, here: Path, deadline: float) -> None:
         network = UserNetwork(

@@ -37,7 +37,7 @@ CONSOLE_RATE = 1024 * 1024
 """Bytes of console taken a second; a guest that writes more waits for its serial port."""
 
 # The guest's words for a mount it could not make, or a key of one it could not read.
-_MOUNT_FAILED = re.compile(r"\(mount\d+\)|voidbox\.mount\d+")
+_MOUNT_FAILED = re.compile(r"\(mount\d+\)|voidbox\.mount\d+|voidbus\.more")
 
 _CONSOLE_PIECE = 64 * 1024
 _ERROR_BYTES = 4096
