@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from guest_vm import eventually
 from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
 from mount_kit import MountConformance
 from watch_kit import FileWatchConformance
@@ -31,6 +33,12 @@ def status_of(pid: int) -> dict[str, str]:
     """What the kernel says of a process (proc_pid_status(5))."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def switches_of(thread: int) -> int:
+    """How often a thread of this process has waited for something (proc_pid_status(5))."""
+    text = Path(f"/proc/self/task/{thread}/status").read_text()
+    return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 def make_mounts(folder: Path, count: int) -> tuple[Mount, ...]:
@@ -137,6 +145,22 @@ class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance
         ending = running.ending()
         assert isinstance(ending, ChannelFault)
         assert ending.reason == FaultReason.LOST
+
+    def test_an_idle_machine_wakes_no_thread_of_ours(self, make: MakeGuest) -> None:
+        others = {thread.native_id for thread in threading.enumerate()}
+        guest = make().start()
+        run(guest.channel, "true")
+        ours = [t.native_id for t in threading.enumerate() if t.native_id not in others]
+        assert len(ours) >= 4  # QEMU's owner, the vsock device, the channel's reader and sender
+        pause = threading.Event()
+
+        def wake_ups() -> int:
+            before = sum(switches_of(thread) for thread in ours if thread)
+            pause.wait(2.0)
+            return sum(switches_of(thread) for thread in ours if thread) - before
+
+        # What the guest still does after its boot is its own; a timer of ours would go on.
+        assert eventually(lambda: wake_ups() == 0, WAIT)
 
     def test_a_guest_that_never_answers_is_told_with_its_last_lines(
         self, make: MakeGuest, tmp_path: Path

@@ -15,6 +15,8 @@ KVM_DEVICE = Path("/dev/kvm")
 
 # Linux Documentation/virt/kvm/api.rst, 4.1: _IO(0xAE, 0x00), stable since 2.6.22.
 _KVM_GET_API_VERSION = 0xAE00
+# 4.2: _IO(0xAE, 0x01), gives a descriptor.
+_KVM_CREATE_VM = 0xAE01
 _KVM_API_VERSION = 12
 
 _FLAGS = ("vmx", "svm")
@@ -41,10 +43,10 @@ def find_acceleration(
             f"emulated: the processor offers neither VT-x nor SVM ({there})",
             "use a host with hardware virtualisation, or allow nested virtualisation on its host",
         )
-    problem = _device_problem(device)
-    if problem is None:
+    trouble = _trouble(device, flag)
+    if trouble is None:
         return Acceleration("kvm", f"accelerated by {device} ({flag})")
-    return Acceleration("tcg", f"emulated: {problem}", _remedy(device))
+    return trouble
 
 
 def _virtualisation_flag(cpuinfo: Path) -> str | None:
@@ -59,23 +61,41 @@ def _virtualisation_flag(cpuinfo: Path) -> str | None:
     return None
 
 
-def _device_problem(device: Path) -> str | None:
+def _trouble(device: Path, flag: str) -> Acceleration | None:
+    """Why a processor that can is of no use, and what to do; None where all is well."""
+    module = "kvm_intel" if flag == "vmx" else "kvm_amd"
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _emulated(f"there is no {device}", f"sudo modprobe {module}")
     except OSError as error:
-        return f"{device} can't be opened: {error.strerror}"
+        return _emulated(
+            f"{device} can't be opened: {error.strerror}",
+            "sudo usermod -aG kvm $USER (and log in again)",
+        )
+    try:
+        return _answers(device, fd)
+    finally:
+        os.close(fd)
+
+
+def _answers(device: Path, fd: int) -> Acceleration | None:
     try:
         version = fcntl.ioctl(fd, _KVM_GET_API_VERSION, 0)
     except OSError as error:
-        return f"{device} does not answer as KVM: {error.strerror}"
-    finally:
-        os.close(fd)
+        return _emulated(f"{device} does not answer as KVM: {error.strerror}")
     if version != _KVM_API_VERSION:
-        return f"{device} speaks API version {version}, not {_KVM_API_VERSION}"
+        return _emulated(f"{device} speaks API version {version}, not {_KVM_API_VERSION}")
+    try:
+        # It may answer and not be had: another hypervisor has the processor, say.
+        os.close(fcntl.ioctl(fd, _KVM_CREATE_VM, 0))
+    except OSError as error:
+        return _emulated(
+            f"{device} makes no machine: {error.strerror}",
+            "end what else uses the processor's virtualisation: another hypervisor",
+        )
     return None
 
 
-def _remedy(device: Path) -> str:
-    if device.exists():
-        return "sudo usermod -aG kvm $USER (and log in again)"
-    return "sudo modprobe kvm_intel || sudo modprobe kvm_amd"
+def _emulated(problem: str, remedy: str | None = None) -> Acceleration:
+    return Acceleration("tcg", f"emulated: {problem}", remedy)

@@ -85,12 +85,12 @@ class Devices:
         self._image: GuestImage
         self._arguments: list[str] = []
         self._mount_arguments: list[str] = []
-        self._acceleration = find_acceleration().name
+        self.acceleration = find_acceleration().name
         self._vhost_user: list[VhostUser] = []
         self._disks: list[int] = []
         self._card: Card | None = None
         self._handed = contextlib.ExitStack()
-        self.user = qemu_user(self._acceleration)
+        self.user = qemu_user(self.acceleration)
         """Whom QEMU is to be, if not this process's user."""
         self.env: tuple[tuple[str, str], ...] = ()
         """What the image that is the root says of its programs' environment."""
@@ -144,7 +144,7 @@ class Devices:
 
     def _add_clock(self) -> None:
         """An emulated guest is told what it can't measure; KVM has a clock of its own for it."""
-        khz = counter_khz() if self._acceleration == "tcg" else None
+        khz = counter_khz() if self.acceleration == "tcg" else None
         if khz is not None:
             self._arguments += [f"tsc_early_khz={khz}", "tsc=reliable"]
 
@@ -262,7 +262,7 @@ class Devices:
         layout = Layout(
             name=self._spec.run_id,
             program=program,
-            acceleration=self._acceleration,
+            acceleration=self.acceleration,
             memory_mb=self._spec.memory_mb,
             vcpus=self._spec.vcpus,
             kernel=files[0],
