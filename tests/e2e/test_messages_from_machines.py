@@ -32,12 +32,15 @@ class Place:
         assert (result.exit_code, result.stderr) == (0, b"")
         return result.stdout.decode()
 
-    def http(self, path: str) -> str:
+    def http(self, path: str, body: str | None = None) -> str:
         code = (
             "import sys, urllib.request as request\n"
-            "print(request.urlopen(sys.argv[1], timeout=20).read().decode())"
+            "data = sys.argv[2].encode() if len(sys.argv) > 2 else None\n"
+            "asked = request.Request(sys.argv[1], data, {'Content-Type': 'application/json'})\n"
+            "print(request.urlopen(asked, timeout=20).read().decode())"
         )
-        result = run(self.guest.channel, "python3", "-c", code, self.url + path)
+        words = () if body is None else (body,)
+        result = run(self.guest.channel, "python3", "-c", code, self.url + path, *words)
         assert result.exit_code == 0, result.stderr
         return result.stdout.decode()
 
@@ -67,6 +70,22 @@ def place(
 def test_health_and_context_are_served_to_plain_http(place: Place) -> None:
     assert json.loads(place.http("/v1/health"))["status"] == "ok"
     assert json.loads(place.http("/v1/context"))["role"] == "candidate"
+
+
+def test_the_inbox_is_read_and_an_intent_sent_by_plain_http(place: Place) -> None:
+    place.sidecar.server.load_inbox(inbox("m1"))
+    entries = json.loads(place.http("/v1/inbox"))["entries"]
+    assert [entry["message_id"] for entry in entries] == ["m1"]
+    intent = {
+        "kind": "signal",
+        "audience": "leader",
+        "priority": "normal",
+        "payload": {"summary_text": "by hand"},
+    }
+    accepted = json.loads(place.http("/v1/intents", json.dumps(intent)))
+    (drained,) = place.sidecar.server.drain()
+    assert drained.intent_id == accepted["intent_id"]
+    assert drained.payload == {"summary_text": "by hand"}
 
 
 def test_every_command_of_void_message_works(place: Place) -> None:

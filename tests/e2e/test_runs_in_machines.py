@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +34,16 @@ def supervisor() -> Iterator[Supervisor]:
 def client(supervisor: Supervisor) -> Iterator[Client]:
     with supervisor.connect() as connected:
         yield connected
+
+
+def open_files(supervisor: Supervisor) -> Counter[str]:
+    """What the supervisor's descriptors lead to, without the numbers that tell sockets apart."""
+    assert supervisor.process is not None
+    found: Counter[str] = Counter()
+    for entry in Path(f"/proc/{supervisor.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[re.sub(r"\d+", "N", str(entry.readlink()))] += 1
+    return found
 
 
 def printed(client: Client, run_id: str) -> str:
@@ -137,6 +150,10 @@ def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
     supervisor: Supervisor, client: Client, tmp_path: Path, moment: str
 ) -> None:
     script = "echo up; yes" if moment == "streaming" else "trap '' TERM; echo up; sleep 60"
+    # What a supervisor opens for its first run stays open.
+    first = client.start(vm_workflow(tmp_path, ("first", "true"), name="first", mode="mock"))
+    client.wait_end(first, BOOT_PATIENCE)
+    before = open_files(supervisor)
     run_id = client.start(vm_workflow(tmp_path, ("busy", script)))
     if moment == "booting":
         client.wait_for(run_id, lambda _: bool(qemus_of(supervisor)), BOOT_PATIENCE)
@@ -150,6 +167,10 @@ def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
     assert ends(run_process, 20)
     assert leftovers(supervisor, run_id) == []
     assert qemus_of(supervisor) == []
+    # A descriptor of the supervisor's is closed a moment after what it tells of. One more socket
+    # is this client's, which follows events by now.
+    ours = Counter({"socket:[N]": 1})
+    assert eventually(lambda: open_files(supervisor) - before <= ours, 20), open_files(supervisor)
 
 
 def test_a_killed_run_process_takes_its_machine_with_it(
