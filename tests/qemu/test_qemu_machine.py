@@ -100,7 +100,7 @@ class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance
         folder = Path(f"/proc/{shared.leases[0].pid}/fd")
         held = {str(path.readlink()) for path in folder.iterdir()}
         image = default_store().current()
-        known = {"/dev/null", os.fspath(image.kernel), os.fspath(image.initramfs)}
+        known = {"/dev/null", "/dev/kvm", os.fspath(image.kernel), os.fspath(image.initramfs)}
         kinds = ("pipe:", "socket:", "anon_inode:", "/memfd:")
         assert [name for name in held - known if not name.startswith(kinds)] == []
 

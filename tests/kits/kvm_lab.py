@@ -1,0 +1,146 @@
+"""A host with hardware virtualisation, for hosts that have none: a Linux of its own in an emulated
+machine with SVM, so that `/dev/kvm` there is the real kvm-amd's.
+
+It sees this host's files read-only, with a scratch in memory over them. Everything in it is slow: a
+guest boots in half a minute. `scripts/kvm-lab` runs a command in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from voidbus.vm.image.cpio import Entry, directory, regular, write_archive
+from voidbus.vm.image.store import default_store
+from voidbus.vm.qemu.process import PROGRAM
+
+META_PACKAGE = "linux-image-amd64"
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd")
+LAB_SECONDS = "3600"
+"""After which the lab is ended, whatever it is at."""
+
+_SHARE = "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"
+
+_INIT = r"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+for module in $(cat /order); do insmod /modules/$module; done
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=loose,ro host /host
+mount -t tmpfs scratch /scratch
+mkdir /scratch/upper /scratch/work
+mount -t overlay overlay -o lowerdir=/host,upperdir=/scratch/upper,workdir=/scratch/work /root
+for place in proc sys dev; do mount --move /$place /root/$place; done
+mkdir -p /root/dev/shm /root/dev/pts
+mount -t devpts devpts /root/dev/pts
+for place in tmp run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
+chmod 1777 /root/tmp
+chmod 666 /root/dev/kvm
+ip link set lo up
+cp /command /root/run/command
+chroot /root /bin/sh /run/command
+echo "lab: exit $?"
+poweroff -f
+"""
+
+
+def fetched_kernel(cache: Path) -> Path:
+    """The unpacked package of a whole Debian kernel: fetched by apt, not installed."""
+    shown = subprocess.run(
+        ["apt-cache", "depends", META_PACKAGE], capture_output=True, text=True, check=True
+    ).stdout
+    (package, *_) = re.findall(r"Depends: (linux-image-\S+)", shown)
+    unpacked = cache / package
+    if not unpacked.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            subprocess.run(["apt-get", "-q", "download", package], cwd=folder, check=True)
+            (archive,) = Path(folder).glob("*.deb")
+            target = Path(folder) / "unpacked"
+            subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
+            (release,) = (target / "lib/modules").iterdir()
+            subprocess.run(["depmod", "-b", target, release.name], check=True)
+            target.rename(unpacked)
+    return Path(unpacked)
+
+
+def needed_modules(folder: Path) -> list[Path]:
+    """The files of MODULES and of what they need, in the order to load them in."""
+    needs: dict[str, list[str]] = {}
+    for line in (folder / "modules.dep").read_text().splitlines():
+        file, _, others = line.partition(":")
+        needs[file] = others.split()
+    by_name = {Path(file).name.partition(".")[0].replace("-", "_"): file for file in needs}
+    files: dict[str, None] = {}
+    for name in MODULES:
+        files |= dict.fromkeys([*reversed(needs[by_name[name]]), by_name[name]])
+    return [folder / file for file in files]
+
+
+def entries(kernel: Path, command: list[str]) -> list[Entry]:
+    """The lab's initramfs."""
+    (release,) = (kernel / "lib/modules").iterdir()
+    modules = needed_modules(release)
+    busybox = default_store().current().kernel.parent / "root/usr/bin/busybox"
+    script = (
+        f"cd {shlex.quote(os.fspath(Path.cwd()))}\n"
+        f"export HOME={shlex.quote(os.environ['HOME'])} PATH={shlex.quote(os.environ['PATH'])}\n"
+        f"export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8\nexec {shlex.join(command)}\n"
+    )
+    places = ("bin", "proc", "sys", "dev", "host", "scratch", "root", "modules")
+    return [
+        *(directory(place) for place in places),
+        regular("bin/busybox", busybox.read_bytes(), 0o755),
+        regular("init", _INIT.encode(), 0o755),
+        regular("command", script.encode(), 0o644),
+        regular("order", "\n".join(file.name for file in modules).encode(), 0o644),
+        *(regular(f"modules/{file.name}", file.read_bytes(), 0o644) for file in modules),
+    ]
+
+
+def main() -> int:
+    command = sys.argv[1:]
+    if not command or command[0] in ("-h", "--help"):
+        sys.stderr.write("scripts/kvm-lab COMMAND...: run it where there is a real KVM\n")
+        return 2
+    kernel = fetched_kernel(default_store().root.parent / "lab")
+    (image,) = (kernel / "boot").glob("vmlinuz-*")
+    with tempfile.NamedTemporaryFile(suffix=".cpio") as initramfs:
+        with Path(initramfs.name).open("wb") as file:
+            write_archive(entries(kernel, command), file)
+        qemu = subprocess.Popen(
+            [
+                *("timeout", LAB_SECONDS, PROGRAM),
+                *("-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"),
+                *("-m", "3G", "-smp", "2", "-nodefaults", "-no-reboot", "-display", "none"),
+                *("-serial", "stdio", "-kernel", image, "-initrd", initramfs.name),
+                *("-virtfs", _SHARE),
+                *("-append", "console=ttyS0 quiet panic=-1"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # features of that processor which are not emulated
+        )  # fmt: skip
+        status = None
+        try:
+            assert qemu.stdout is not None
+            for line in qemu.stdout:
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
+                if match := re.match(rb"lab: exit (\d+)", line):
+                    status = int(match[1])
+            qemu.wait(60)
+        finally:
+            qemu.kill()
+            qemu.wait()
+    return 1 if status is None else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
