@@ -118,7 +118,9 @@ def test_events_are_found_by_their_id(store: JournalStore) -> None:
     assert store.seq_of("a", "nope") is None
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None
+)
 @given(after=st.integers(-1, 12), limit=st.integers(1, 12), size=st.integers(1, 5000))
 def test_pages_of_raw_events_are_in_order_and_never_empty_while_there_are_more(
     tmp_path_factory: pytest.TempPathFactory, after: int, limit: int, size: int
