@@ -128,16 +128,17 @@ class AgentService(Workload):
         self._updates += 1
         if self._updates > _UPDATE_EVENTS_LIMIT:
             return
-        self._stage.emit(
-            "run.output_ready" if first else "run.output_updated",
-            f"{self._settings.output_file} is published",
-            payload={
-                "stage": self._name,
-                "size_bytes": file.size_bytes,
-                "digest": file.digest,
-                "structured": output.fault is None,
-            },
-        )
+        said = f"{self._settings.output_file} is published"
+        payload = {
+            "stage": self._name,
+            "size_bytes": file.size_bytes,
+            "digest": file.digest,
+            "structured": output.fault is None,
+        }
+        if first:
+            self._stage.emit("run.output_ready", said, payload=payload)
+        else:
+            self._stage.emit("run.output_updated", said, payload=payload)
 
     def _rested(self, machine: GuestMachine) -> None:
         self._resting = False

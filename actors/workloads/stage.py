@@ -34,14 +34,14 @@ class Stage:
         self._retries = retries
 
     def queued(self, depends_on: Sequence[str] = ()) -> None:
-        self._emit("queued", payload={"depends_on": list(depends_on)})
+        self._emit("stage.queued", payload={"depends_on": list(depends_on)})
 
     def started(self) -> None:
-        self._emit("started", payload={"stage_attempt": self.attempt})
+        self._emit("stage.started", payload={"stage_attempt": self.attempt})
 
     def completed(self, end: Exit) -> None:
         self._emit(
-            "completed",
+            "stage.completed",
             payload={
                 "duration_ms": end.duration_ms,
                 "exit_code": end.exit_code,
@@ -51,7 +51,7 @@ class Stage:
 
     def failed(self, end: Exit, error: str) -> None:
         self._emit(
-            "failed",
+            "stage.failed",
             level="error",
             payload={
                 "duration_ms": end.duration_ms,
@@ -63,7 +63,7 @@ class Stage:
 
     def skipped(self, reason: str) -> None:
         payload = {"reason": reason[:ERROR_LIMIT], "stage_attempt": self.attempt}
-        self._emit("skipped", level="warn", payload=payload)
+        self._emit("stage.skipped", level="warn", payload=payload)
 
     def retry(self, again: Callable[[], None]) -> bool:
         """After a failure: call `again` in a while, where the run's policy allows one more try."""
@@ -93,5 +93,6 @@ class Stage:
             box=self._box,
         )
 
-    def _emit(self, what: str, *, level: Level = "info", payload: Mapping[str, Any]) -> None:
-        self.emit(f"stage.{what}", f"{self._noun} {what}", level=level, payload=payload)
+    def _emit(self, event_type: str, *, level: Level = "info", payload: Mapping[str, Any]) -> None:
+        what = event_type.removeprefix("stage.")
+        self.emit(event_type, f"{self._noun} {what}", level=level, payload=payload)

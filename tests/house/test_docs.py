@@ -230,6 +230,7 @@ def test_every_counter_is_documented_and_no_other() -> None:
     ("document", "title"),
     [
         (MESSAGES, "Limits"),
+        (ROOT / "docs/http-api.md", "Limits"),
         (ROOT / "docs/agents.md", "Limits"),
         (ROOT / "docs/agents.md", "Bounds"),
     ],
@@ -243,6 +244,7 @@ def test_every_limit_is_what_the_code_has(document: Path, title: str) -> None:
 def test_every_actor_is_documented_with_its_mailbox() -> None:
     for path in sorted((ROOT / "actors").glob("*.py")):
         importlib.import_module(f"voidbus.actors.{path.stem}")
+    importlib.import_module("voidbus.gateway.actor")
     documented = {row[0]: row for row in tables(section(MESSAGES, "Mailboxes"))}
     actors = {actor.__name__: actor for actor in _subclasses(Actor) if _is_ours(actor)}
     assert set(documented) == set(actors)
@@ -321,7 +323,9 @@ def test_every_field_of_the_supervisors_configuration_is_documented() -> None:
     in_code = dict(_leaves(supervisor.SupervisorConfig, ""))
     assert list(documented) == list(in_code)
     for name, default in in_code.items():
-        if isinstance(default, float | int):
+        if isinstance(default, bool):
+            assert documented[name] == str(default).lower(), name
+        elif isinstance(default, float | int):
             assert float(documented[name]) == default, name
         elif isinstance(default, str):
             assert documented[name] == default, name
