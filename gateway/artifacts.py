@@ -69,8 +69,10 @@ async def _owes_structured_output(call: Call, run_id: str) -> bool:
     report = run.report
     if report is None:
         return False
-    return report.kind in ("agent", "pipeline") or (
-        report.kind == "workflow" and report.stages <= 1
+    # Of a workflow only the one that failed for it: those of one step that name their output step.
+    return (
+        report.kind in ("agent", "pipeline")
+        or run.terminal_reason == Code.STRUCTURED_OUTPUT_MALFORMED
     )
 
 
