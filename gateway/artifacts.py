@@ -183,5 +183,7 @@ def _range_of(request: web.BaseRequest, size: int, tag: str) -> _Range | None:
         length = int(match[2])
         return _Range(max(0, size - length), size - 1) if length and size else _NOT_THERE
     first = int(match[1])
-    last = min(int(match[2]), size - 1) if match[2] else size - 1
-    return _Range(first, last) if first < size and first <= last else _NOT_THERE
+    last = int(match[2]) if match[2] else max(first, size - 1)
+    if last < first:  # RFC 9110, 14.1.1: such a range is invalid, and passed over
+        return None
+    return _Range(first, min(last, size - 1)) if first < size else _NOT_THERE
