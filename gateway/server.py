@@ -177,7 +177,7 @@ class _Desk:
             response = problem.response()
         except web.HTTPRequestEntityTooLarge:
             # Clients expect no body with it.
-            response = web.Response(status=413)
+            response = web.Response(status=413, reason="Payload Too Large")
             response.force_close()
         except (ConnectionError, asyncio.CancelledError):
             raise  # the client has gone
@@ -238,7 +238,9 @@ class _RequestHandler(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if status >= 500:
-            log.error("a request failed outside its handler", exc_info=exc)
+            # That a client has gone is nobody's failure, and nobody reads the answer.
+            if not isinstance(exc, ConnectionError):
+                log.error("a request failed outside its handler", exc_info=exc)
             problem = _failed()
         else:
             problem = Problem(Code.INVALID_PARAMS, "this is no HTTP request", status)
