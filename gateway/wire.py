@@ -5,6 +5,7 @@ An absent field is an explicit null, but for the few marked "left out where ther
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -248,21 +249,38 @@ class StagesView(Wire):
     stages: tuple[StageView, ...]
 
 
-class SampleView(Sparse):
-    """One sample, of the guest or of the run's process; what is absent is left out."""
+def _rfc3339(ms: int) -> str:
+    """Milliseconds since the epoch as clients read times: UTC, nine digits of a fraction."""
+    moment = datetime.fromtimestamp(ms // 1000, UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}000000Z"
+
+
+class SampleView(Wire):
+    """One sample, of the guest or of the run's process; the other is left out, and so is the
+    `timestamp` of a guest's."""
 
     seq: int
     timestamp_ms: int
     timestamp: str | None = None
-    stage_name: str | None = None
+    stage_name: str | None
     guest: GuestSample | None = None
     host: HostSample | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name == "stage_name"
+        }
 
     @classmethod
     def of(cls, sample: Sample) -> SampleView:
         return cls(
             seq=sample.seq,
             timestamp_ms=sample.timestamp_ms,
+            timestamp=None if sample.host is None else _rfc3339(sample.timestamp_ms),
             stage_name=sample.stage_name,
             guest=sample.guest,
             host=sample.host,
