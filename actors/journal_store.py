@@ -144,7 +144,7 @@ class JournalStore:
         with self._transaction():
             row = self._db.execute("SELECT intents FROM runs WHERE id = ?", (run_id,)).fetchone()
             if row is None:
-                raise NoSuchRun(f"no run {run_id}")
+                raise NoSuchRun(f"run '{run_id}' not found")
             if drain:
                 self._db.execute("UPDATE runs SET intents = '[]' WHERE id = ?", (run_id,))
             return tuple(Intent.model_validate(item) for item in json.loads(row[0]))
@@ -212,7 +212,7 @@ class JournalStore:
         with self._explained():
             row = self._db.execute("SELECT state FROM runs WHERE id = ?", (run_id,)).fetchone()
         if row is None:
-            raise NoSuchRun(f"no run {run_id}")
+            raise NoSuchRun(f"run '{run_id}' not found")
         return RunState.from_json(row[0].encode())
 
     def runs(

@@ -129,7 +129,7 @@ def test_questions_about_a_run_nobody_knows_are_answered_so(client: Client) -> N
         ("runs", CancelRun(run_id="nobody")),
         ("runs", ReadIntents(run_id="nobody")),
     ):
-        with pytest.raises(BusError, match="no run nobody") as caught:
+        with pytest.raises(BusError, match="run 'nobody' not found") as caught:
             client.ask(actor, message)
         assert caught.value.reason is FaultReason.NO_SUCH_ACTOR
 
