@@ -1,0 +1,35 @@
+"""One supervisor for a file's tests, asked by both of its doors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from api_kit import TOKEN, ApiHouse, api_house
+from http_kit import HttpClient
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[ApiHouse]:
+    with api_house() as built:
+        yield built
+        # Whatever the tests asked for: nothing failed inside, and the token is nobody's to read.
+        log = built.supervisor.log
+        assert "Traceback" not in log, log
+        assert TOKEN not in log
+
+
+@pytest.fixture
+def unix(house: ApiHouse) -> HttpClient:
+    return house.unix
+
+
+@pytest.fixture
+def tcp(house: ApiHouse) -> HttpClient:
+    return house.tcp
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def api(request: pytest.FixtureRequest, house: ApiHouse) -> HttpClient:
+    """Each door in turn."""
+    return house.unix if request.param == "unix" else house.tcp
