@@ -78,7 +78,7 @@ async def events(call: Call) -> web.StreamResponse:
 async def stream(call: Call) -> web.StreamResponse:
     """Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     run_id = call.params["run_id"]
-    last = call.request.headers.get("Last-Event-ID") or call.query("from_event_id")
+    last = call.header("Last-Event-ID") or call.query("from_event_id")
     after = await _seq_after(call.api.bus, run_id, last)
     response = await _begin(call.request, "text/event-stream")
     if call.request.method == "HEAD":

@@ -35,6 +35,11 @@ class Call:
     request: web.BaseRequest
     params: Mapping[str, str]
 
+    def header(self, name: str) -> str | None:
+        """A header; bytes that are no UTF-8 are replaced."""
+        text = self.request.headers.get(name)
+        return None if text is None else text.encode(errors="replace").decode()
+
     def query(self, name: str) -> str | None:
         """A parameter of the query; the first where there are several."""
         return self.request.rel_url.query.get(name)
@@ -61,9 +66,12 @@ class Call:
 
     async def json(self, code: Code) -> Any:
         """The body as JSON; bytes that are no UTF-8 are replaced. Raises Problem with `code`."""
-        data = await self.body()
+        text = (await self.body()).decode(errors="replace")
         try:
-            return json.loads(data.decode(errors="replace"))
+            value = json.loads(text)
+            if "\\u" in text:  # half a character may have been written so, which none can keep
+                json.dumps(value, ensure_ascii=False).encode()
+            return value
         except RecursionError:
             raise Problem(code, "invalid JSON: it nests too deeply") from None
         except ValueError as error:
