@@ -70,12 +70,13 @@ class HttpClient:
         """A connected socket."""
         if isinstance(self.where, Path):
             unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            unix.settimeout(self.timeout)
             try:
+                # With a timeout it would not wait for room among those not accepted yet.
                 unix.connect(str(self.where))
             except BaseException:
                 unix.close()
                 raise
+            unix.settimeout(self.timeout)
             return unix
         plain = socket.create_connection(self.where, self.timeout)
         if self.tls is None:
