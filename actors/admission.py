@@ -64,6 +64,7 @@ class Admission:
         self._limit = limit
         self._on_admitted = on_admitted
         self._under_way: dict[str, list[Delivery]] = {}  # and who else asked for that run meanwhile
+        self._last_number = 0  # of the ids given to runs without one
         self.closed = False
 
     def __len__(self) -> int:
@@ -108,9 +109,11 @@ class Admission:
         return None
 
     def _new_run_id(self) -> str:
-        number = time.time_ns() // 1_000_000
+        # Never one given before: that run may have ended already, and be in the journal only.
+        number = max(time.time_ns() // 1_000_000, self._last_number + 1)
         while f"run-{number}" in self._active or f"run-{number}" in self._under_way:
             number += 1
+        self._last_number = number
         return f"run-{number}"
 
     def _load(self, message: StartRun, run_id: str, delivery: Delivery) -> None:
@@ -118,7 +121,9 @@ class Admission:
             self._under_way[run_id].append(delivery)
             return
         self._under_way[run_id] = []
+        self._read_spec(message, run_id, delivery)
 
+    def _read_spec(self, message: StartRun, run_id: str, delivery: Delivery) -> None:
         def loaded(outcome: Launch | Exception) -> None:
             if isinstance(outcome, Launch):
                 self._create(outcome, delivery)
@@ -132,9 +137,8 @@ class Admission:
 
         try:
             self._actor.work(lambda: prepare(message, run_id), loaded, name=f"load-{run_id}")
-        except Refuse:
-            del self._under_way[run_id]
-            self._actor.after(_TURN_SECONDS, lambda: self._load(message, run_id, delivery))
+        except Refuse:  # it keeps its id meanwhile
+            self._actor.after(_TURN_SECONDS, lambda: self._read_spec(message, run_id, delivery))
 
     def _create(self, launch: Launch, delivery: Delivery) -> None:
         """Journal the run; only then is anything started."""

@@ -18,7 +18,7 @@ import pytest
 from api_kit import TOKEN, ApiHouse, step, structured, workflow
 from http_kit import HttpClient
 
-from voidbus.gateway.connections import MAX_CONNECTIONS
+from voidbus.gateway.server import MAX_CONNECTIONS
 
 
 def resident(house: ApiHouse) -> int:
