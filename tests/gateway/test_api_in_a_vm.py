@@ -1,0 +1,85 @@
+"""The main flows by HTTP in real machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from api_kit import ApiHouse, api_house, step, structured, workflow, write_spec
+from http_kit import HttpClient
+from vm_kit import qemus_of
+
+BOOT = 120.0
+SANDBOX = {"mode": "qemu", "memory_mb": 512}
+
+pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[ApiHouse]:
+    with api_house() as built:
+        yield built
+
+
+def test_an_agent_in_a_machine_reads_its_inbox_sends_intents_and_leaves_its_output(
+    house: ApiHouse, tcp: HttpClient, tmp_path: Path
+) -> None:
+    spec = write_spec(
+        tmp_path,
+        "agent",
+        name="scout",
+        sandbox={**SANDBOX, "env": {"CLAUDIO_TURNS": "1", "CLAUDIO_INTENTS": "2"}},
+        llm={"provider": "claude"},
+        agent={"prompt": "do it", "messaging": {"enabled": True}},
+    )
+    run_id = tcp.start(spec, input="look around")
+    tcp.wait_type(run_id, "sidecar.started", patience=BOOT)
+    entry = {"message_id": "m1", "from_candidate_id": "peer", "kind": "signal", "payload": {}}
+    inbox = {"execution_id": "e", "candidate_id": "c", "iteration": 1, "entries": [entry]}
+    assert tcp.put(f"/v1/runs/{run_id}/inbox", inbox).json == {"ok": True}
+    run = tcp.wait_end(run_id, BOOT)
+    assert (run["status"], run["error"]) == ("succeeded", None)
+    assert run["machine"].startswith("qemu")
+    (result,) = run["artifact_publication"]["manifest"]
+    output = tcp.get(result["retrieval_path"]).json
+    assert output["inbox_seen"] == ["m1"]
+    assert output["metrics"]["intents_sent"] == 2
+    intents = tcp.get(f"/v1/runs/{run_id}/intents").json
+    assert [intent["audience"] for intent in intents] == ["broadcast", "leader"]
+    assert qemus_of(house.supervisor) == []
+
+
+def test_a_workflow_in_a_machine_pipes_shares_files_and_publishes_artifacts(
+    unix: HttpClient, tmp_path: Path
+) -> None:
+    result = {"status": "ok", "metrics": {}, "artifacts": [{"name": "note.txt"}]}
+    spec = workflow(
+        tmp_path,
+        step("make", "echo hello | tee note.txt"),
+        step("out", f"tr a-z A-Z\n{structured(result)}", "make"),
+        sandbox=SANDBOX,
+        output_step="out",
+    )
+    run = unix.wait_end(unix.start(spec), BOOT)
+    assert (run["status"], run["error"]) == ("succeeded", None)
+    assert run["report"]["output"] == "HELLO\ndone\n"
+    for stage in ("out", "main"):
+        at = f"/v1/runs/{run['id']}/stages/{stage}"
+        assert unix.get(f"{at}/output-file").body == json.dumps(result).encode() + b"\n"
+        assert unix.get(f"{at}/artifacts/note.txt").body == b"hello\n"
+
+
+def test_a_cancel_ends_the_machine_before_it_is_answered(
+    house: ApiHouse, unix: HttpClient, tmp_path: Path
+) -> None:
+    spec = workflow(tmp_path, step("a", "echo up; sleep 600"), sandbox=SANDBOX)
+    run_id = unix.start(spec)
+    unix.wait_log(run_id, "up", BOOT)
+    assert len(qemus_of(house.supervisor)) == 1
+    assert unix.run(run_id)["active_microvm_count"] == 1
+    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"reason": "enough"})
+    assert answer.json["state"] == "cancelled"
+    assert qemus_of(house.supervisor) == []
+    assert unix.run(run_id)["active_microvm_count"] == 0
