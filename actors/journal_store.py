@@ -150,7 +150,7 @@ class JournalStore:
             return tuple(Intent.model_validate(item) for item in json.loads(row[0]))
 
     def prune(self, before_ms: int | None, max_bytes: int | None, limit: int) -> Pruned:
-        """Forget the runs that ended before `before_ms`, and the oldest until those that have ended
+        """Forget the runs that ended by `before_ms`, and the oldest until those that have ended
         take up no more than `max_bytes`; `limit` of them at most, for others wait meanwhile."""
         with self._transaction():
             doomed = self._doomed(before_ms, max_bytes, limit + 1)
@@ -189,7 +189,7 @@ class JournalStore:
             (limit,),
         )
         for run_id, size, ended in rows:
-            if over <= 0 and (before_ms is None or ended >= before_ms):
+            if over <= 0 and (before_ms is None or ended > before_ms):
                 break
             doomed.append((run_id, size))
             over -= size

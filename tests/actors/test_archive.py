@@ -98,7 +98,7 @@ def test_what_is_not_kept_is_said_by_name(place: Place) -> None:
     place.run("a", b"x")
     with pytest.raises(BusError, match="no artifact 'y' of stage 's' is kept of run a"):
         read(place, name="y")
-    with pytest.raises(BusError, match="no run nope"):
+    with pytest.raises(BusError, match="run 'nope' not found"):
         read(place, run_id="nope")
 
 
