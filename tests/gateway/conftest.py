@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from api_kit import TOKEN, ApiHouse, api_house
+from api_kit import TOKEN, ApiHouse, api_house, step, structured, workflow
 from http_kit import HttpClient
 
 
@@ -33,3 +34,15 @@ def tcp(house: ApiHouse) -> HttpClient:
 def api(request: pytest.FixtureRequest, house: ApiHouse) -> HttpClient:
     """Each door in turn."""
     return house.unix if request.param == "unix" else house.tcp
+
+
+@pytest.fixture(scope="module")
+def ended(house: ApiHouse, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A workflow that ended well: `make` then `show`, of which the second is its output."""
+    spec = workflow(
+        tmp_path_factory.mktemp("ended"),
+        step("make", structured({"status": "ok"})),
+        step("show", "cat; echo two", "make"),
+        output_step="show",
+    )
+    return house.unix.finish(spec)

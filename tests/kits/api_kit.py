@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from http_kit import HttpClient, free_port
 from supervisor_kit import Supervisor, running_supervisor
 
 TOKEN = "a-token-of-the-tests"
+
+# RFC 3339, UTC with Z; nine digits of a fraction where there is one.
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{9})?Z\Z")
 
 _names = itertools.count(1)
 
