@@ -1,7 +1,7 @@
 """Files by their content: what runs leave behind is kept once, under its SHA-256.
 
 A run process writes into the store before it tells anyone, so what the journal lists is there,
-whoever dies afterwards. Nothing in it is ever changed; `sweep` removes what nobody lists.
+whoever dies afterwards. Nothing in it is ever changed; `remove` takes away what nobody lists.
 """
 
 from __future__ import annotations
