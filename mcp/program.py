@@ -12,11 +12,14 @@ from voidbus.sidecar.client import SidecarClient, SidecarClientError
 
 USAGE = """\
 usage: void-mcp [--http | --sse] [--port PORT]
+       void-mcp --probe PORT [--seconds N]
 
 Serves the sidecar's messaging by the Model Context Protocol: on standard input and output, or
 with --http (or --sse) on http://127.0.0.1:PORT/mcp.
 
   --port PORT   with --http: the port, 8222 unless given; 0 takes a free one
+  --probe PORT  serve nothing: wait until something on this machine accepts connections there
+  --seconds N   with --probe: how long to wait, 30 unless given
   --help        this text
 
 environment:
@@ -24,6 +27,8 @@ environment:
 """
 
 DEFAULT_PORT = 8222
+DEFAULT_SECONDS = 30
+_PROBE_PAUSE = 0.02  # seconds between two tries to connect
 
 
 class UsageError(Exception):
@@ -31,9 +36,12 @@ class UsageError(Exception):
 
 
 class Options(NamedTuple):
-    """What the command line asks for; `port` is None for standard input and output."""
+    """What the command line asks for; `port` is None for standard input and output. `probe` is a
+    port to wait for."""
 
     port: int | None = None
+    probe: int | None = None
+    seconds: int = DEFAULT_SECONDS
     help: bool = False
 
 
@@ -47,6 +55,9 @@ def run(argv: Sequence[str]) -> int:
         options = read_options(argv)
         if options.help:
             sys.stdout.write(USAGE)
+            return 0
+        if options.probe is not None:
+            wait_for_port(options.probe, options.seconds)
             return 0
         client = SidecarClient.from_environment(os.environ)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -65,7 +76,8 @@ def run(argv: Sequence[str]) -> int:
 
 def read_options(argv: Sequence[str]) -> Options:
     """Raises UsageError, naming the word that is wrong."""
-    http, port, words = False, None, list(argv)
+    http, words = False, list(argv)
+    numbers: dict[str, int] = {}
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
@@ -73,21 +85,53 @@ def read_options(argv: Sequence[str]) -> Options:
             http = True
         elif word in ("-h", "--help", "help"):
             return Options(help=True)
-        elif name == "--port":
+        elif name in _NUMBERS:
             if not equals:
                 if not words:
-                    raise UsageError("--port needs a number")
+                    raise UsageError(f"{name} needs a number")
                 value = words.pop(0)
-            if not (value.isascii() and value.isdigit() and len(value) <= 5) or int(value) > 65535:
-                raise UsageError(f"invalid port: {value} (expected 0 to 65535)")
-            port = int(value)
+            numbers[name] = _number(name, value)
         else:
             raise UsageError(f"unknown option: {word} (try: void-mcp --help)")
-    if port is not None and not http:
+    probe, seconds = numbers.get("--probe"), numbers.get("--seconds", DEFAULT_SECONDS)
+    if probe is not None:
+        if http or "--port" in numbers:
+            raise UsageError("--probe serves nothing: it goes with --seconds only")
+        return Options(probe=probe, seconds=seconds)
+    if "--seconds" in numbers:
+        raise UsageError("--seconds is for --probe")
+    if "--port" in numbers and not http:
         raise UsageError("--port is for --http")
-    if not http:
-        return Options()
-    return Options(port=DEFAULT_PORT if port is None else port)
+    return Options(port=numbers.get("--port", DEFAULT_PORT)) if http else Options()
+
+
+_NUMBERS = {"--port": ("port", 65535), "--probe": ("port", 65535), "--seconds": ("time", 3600)}
+
+
+def _number(name: str, value: str) -> int:
+    what, most = _NUMBERS[name]
+    if not (value.isascii() and value.isdigit() and len(value) <= 5) or int(value) > most:
+        raise UsageError(f"invalid {what}: {value} (expected 0 to {most})")
+    return int(value)
+
+
+def wait_for_port(port: int, seconds: float) -> None:
+    """Return once something accepts connections on a port of the loopback. Raises OSError when
+    nothing has in this time."""
+    import socket
+    import time
+
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=max(0.05, left)).close()
+        except OSError as error:
+            if left <= _PROBE_PAUSE:
+                raise OSError(f"nothing accepts connections on 127.0.0.1:{port}") from error
+            time.sleep(_PROBE_PAUSE)
+        else:
+            return
 
 
 def _serve_stdio(client: SidecarClient) -> None:

@@ -181,6 +181,8 @@ def test_a_client_that_has_gone_ends_it(sidecar: RunningSidecar) -> None:
         (("--http", "--port"), NOWHERE, b"error: --port needs a number\n"),
         (("--http", "--port=70000"), NOWHERE, b"error: invalid port: 70000"),
         (("--http", "--port", "x"), NOWHERE, b"error: invalid port: x"),
+        (("--probe", "1", "--http"), NOWHERE, b"error: --probe serves nothing"),
+        (("--seconds", "1"), NOWHERE, b"error: --seconds is for --probe"),
         (("--port", "80"), NOWHERE, b"error: --port is for --http\n"),
     ],
 )
@@ -205,6 +207,27 @@ def test_a_port_that_is_taken_is_named() -> None:
         with stdio_mcp(NOWHERE, "--http", "--port", port) as mcp:
             assert mcp.process.wait(20) == 1
             assert f"can't listen on 127.0.0.1:{port}".encode() in mcp.errors.read()
+
+
+def test_a_probe_waits_until_a_port_accepts_connections() -> None:
+    with socket.socket() as late:
+        late.bind(("127.0.0.1", 0))
+        port = str(late.getsockname()[1])
+        with stdio_mcp(None, "--probe", port, "--seconds=20") as mcp:
+            late.listen()
+            assert mcp.end()[0] == 0
+
+
+def test_a_probe_says_what_it_waited_for_in_vain() -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        port = str(deaf.getsockname()[1])
+        with stdio_mcp(None, "--probe", port, "--seconds", "0") as mcp:
+            code, _, errors = mcp.end()
+    assert (code, errors.decode().strip()) == (
+        1,
+        f"error: nothing accepts connections on 127.0.0.1:{port}",
+    )
 
 
 def test_it_runs_as_a_script_without_voidbus_installed(sidecar: RunningSidecar) -> None:
