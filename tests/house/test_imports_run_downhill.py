@@ -34,6 +34,10 @@ PYDANTIC = frozenset({"pydantic", "pydantic_core"})  # one project, in two packa
 EVERYTHING = tuple(f"voidbus.{folder}" for folder in FOLDERS)
 # The first of these paths that a file is, or lies below, rules it.
 RULES = {
+    # These are the files beside it, where it is run as a script.
+    "vm/guest/claudio.py": Rule(
+        ("voidbus.vm.guest",), third=frozenset({"claudio_mcp", "claudio_stream"}), own=False
+    ),
     "vm/guest": Rule(),
     "sidecar/client.py": Rule(own=False),
     # `client` is that same file, where the two lie in a guest without the package around them.

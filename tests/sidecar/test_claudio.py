@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -127,6 +128,20 @@ def test_workspace_paths_are_mapped(claudio: Claudio) -> None:
     assert json.loads((workspace / "o.json").read_text())["status"] == "success"
     assert session.events[0]["skills"] == ["review", "void-messaging"]
     assert session.contents("text")[1]["text"] == "Skills: review, void-messaging."
+
+
+def test_an_mcp_server_that_is_not_there_is_told_and_the_session_goes_on(
+    claudio: Claudio,
+) -> None:
+    config = claudio.cwd / "mcp.json"
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/mcp"
+        config.write_text(json.dumps({"mcpServers": {"gone": {"type": "http", "url": url}}}))
+        session = claudio.run("p", "--mcp-config", str(config), CLAUDIO_MCP="1")
+    assert session.result["subtype"] == "success"
+    said = [content["text"] for content in session.contents("text")]
+    assert any(text.startswith("MCP server gone: can't reach 127.0.0.1:") for text in said)
 
 
 def test_model_settings_and_mcp_servers_are_taken(claudio: Claudio) -> None:

@@ -11,6 +11,7 @@ Environment:
   CLAUDIO_DELAY_MS   pause before each turn, in milliseconds (0)
   CLAUDIO_INTENTS    intents to send (1); the last of two or more is an evaluation to the leader
   CLAUDIO_TOOLS      extra tool calls to report (0)
+  CLAUDIO_MCP        call the messaging tools of the MCP servers of --mcp-config
   CLAUDIO_FAIL       end with an error result that says this
   CLAUDIO_EXIT_CODE  exit code (0)
   CLAUDIO_HANG       ignore SIGTERM after the first line, and wait to be killed
@@ -24,7 +25,6 @@ Standard library only.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -33,22 +33,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING or __package__:
+    from .claudio_mcp import McpClient, McpError
+    from .claudio_stream import Stream
+else:  # run as a script: the files lie in the same directory
+    from claudio_mcp import McpClient, McpError
+    from claudio_stream import Stream
 
 DEFAULT_MODEL = "claudio-1"
-TOOLS = ["Bash", "Read", "Write"]
 MESSAGE_DEADLINE = 20.0  # seconds; void-message itself gives up after 15
 HANG_DEADLINE = 3600.0  # seconds; nothing waits for ever, not even this
-NOISE = (
-    b"npm warn deprecated: this is not JSON",
-    b'{"type":"assistant","mess',
-    b"\xff\xfe\x00",
-    b"",
-)
 
 
 class SettingsError(Exception):
@@ -63,6 +62,7 @@ class Behaviour:
     delay_ms: int
     intents: int
     tools: int
+    mcp: bool
     exit_code: int
     fail: str | None
     hang: bool
@@ -86,6 +86,7 @@ class Behaviour:
             delay_ms=number("CLAUDIO_DELAY_MS", 0),
             intents=number("CLAUDIO_INTENTS", 1),
             tools=number("CLAUDIO_TOOLS", 0),
+            mcp=environ.get("CLAUDIO_MCP", "") not in ("", "0"),
             exit_code=number("CLAUDIO_EXIT_CODE", 0),
             fail=environ.get("CLAUDIO_FAIL") or None,
             hang=environ.get("CLAUDIO_HANG", "") not in ("", "0"),
@@ -102,7 +103,7 @@ class CommandLine:
 
     prompt: str
     model: str
-    mcp_servers: list[str]
+    mcp_servers: dict[str, str]  # URLs by name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,13 +132,14 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     return CommandLine(arguments.prompt, arguments.model, _mcp_servers(arguments.mcp_config))
 
 
-def _mcp_servers(config: str | None) -> list[str]:
+def _mcp_servers(config: str | None) -> dict[str, str]:
     if config is None:
-        return []
+        return {}
     path = mapped(config, os.environ)
     try:
-        return sorted(json.loads(path.read_text())["mcpServers"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        servers = json.loads(path.read_text())["mcpServers"]
+        return {name: str(servers[name].get("url", "")) for name in sorted(servers)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"--mcp-config {config} can't be used: {error!r}") from None
 
 
@@ -159,126 +161,6 @@ def find_skills(environ: Mapping[str, str]) -> list[str]:
     """Names of the skills in `.claude/skills` here and in the workspace, sorted."""
     places = (Path.cwd() / ".claude/skills", mapped("/workspace/.claude/skills", environ))
     return sorted({skill.stem for place in places for skill in place.glob("*.md")})
-
-
-class Stream:
-    """Prints stream-json: one object a line, flushed at once. Counts tokens as it goes."""
-
-    def __init__(self, prompt: str, model: str) -> None:
-        self._seed = hashlib.sha256(prompt.encode("utf-8", "surrogateescape")).digest()
-        self.session_id = str(uuid.UUID(bytes=self._seed[:16], version=4))
-        self._model = model
-        self._serial = 0
-        self.input_tokens = 0
-        self.output_tokens = 0
-        self.tool_calls = 0
-        self._prompt_tokens = len(prompt) // 4 + 1
-
-    def system(self, skills: list[str], mcp_servers: list[str]) -> None:
-        """The first line: the session and what it has."""
-        self._line(
-            type="system",
-            subtype="init",
-            cwd=str(Path.cwd()),
-            session_id=self.session_id,
-            tools=TOOLS,
-            mcp_servers=[{"name": name, "status": "connected"} for name in mcp_servers],
-            model=self._model,
-            permissionMode="bypassPermissions",
-            apiKeySource="none",
-            skills=skills,
-        )
-
-    def say(self, text: str) -> None:
-        """An assistant's line of text."""
-        self._assistant({"type": "text", "text": text}, text)
-
-    def tool(self, name: str, arguments: dict[str, Any], result: str, *, failed: bool) -> None:
-        """A tool call and its result."""
-        self.tool_calls += 1
-        use_id = f"toolu_{self._id()}"
-        self._assistant(
-            {"type": "tool_use", "id": use_id, "name": name, "input": arguments},
-            json.dumps(arguments),
-        )
-        content = {
-            "type": "tool_result",
-            "tool_use_id": use_id,
-            "content": result,
-            "is_error": failed,
-        }
-        self._line(
-            type="user",
-            message={"role": "user", "content": [content]},
-            parent_tool_use_id=None,
-            session_id=self.session_id,
-        )
-
-    def result(self, text: str, *, turns: int, duration_ms: int, error: str | None) -> None:
-        """The last line: how it ended and what it took."""
-        outcome: dict[str, Any] = {
-            "subtype": "success" if error is None else "error_during_execution",
-            "is_error": error is not None,
-            "result": text if error is None else error,
-        }
-        if error is not None:
-            outcome["error"] = error
-        self._line(
-            type="result",
-            **outcome,
-            duration_ms=duration_ms,
-            duration_api_ms=duration_ms * 4 // 5,
-            num_turns=turns,
-            session_id=self.session_id,
-            # Prices of no model in particular: 3 and 15 dollars a million tokens.
-            total_cost_usd=round((self.input_tokens * 3 + self.output_tokens * 15) / 1e6, 6),
-            usage=self._usage(self.input_tokens, self.output_tokens),
-        )
-
-    def noise(self) -> None:
-        """Lines that a parser must step over."""
-        for line in NOISE:
-            self._write(line)
-
-    def _assistant(self, content: dict[str, Any], text: str) -> None:
-        spent = (self._prompt_tokens, len(text) // 4 + 1)
-        self.input_tokens += spent[0]
-        self.output_tokens += spent[1]
-        self._line(
-            type="assistant",
-            message={
-                "id": f"msg_{self._id()}",
-                "type": "message",
-                "role": "assistant",
-                "model": self._model,
-                "content": [content],
-                "stop_reason": None,
-                "usage": self._usage(*spent),
-            },
-            parent_tool_use_id=None,
-            session_id=self.session_id,
-        )
-
-    def _id(self) -> str:
-        self._serial += 1
-        return hashlib.sha256(self._seed + self._serial.to_bytes(4, "big")).hexdigest()[:24]
-
-    @staticmethod
-    def _usage(input_tokens: int, output_tokens: int) -> dict[str, int]:
-        return {
-            "input_tokens": input_tokens,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "output_tokens": output_tokens,
-        }
-
-    def _line(self, **event: Any) -> None:
-        self._write(json.dumps(event).encode())
-
-    @staticmethod
-    def _write(line: bytes) -> None:
-        sys.stdout.buffer.write(line + b"\n")
-        sys.stdout.buffer.flush()
 
 
 class Messenger:
@@ -353,7 +235,7 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
     """The session itself."""
     stream = Stream(command.prompt, command.model)
     skills = find_skills(os.environ)
-    stream.system(skills, command.mcp_servers)
+    stream.system(skills, list(command.mcp_servers))
     if behaviour.hang:
         return hang()
     if behaviour.garbage:
@@ -366,11 +248,7 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
         stream.say(f"Turn {turn} of {behaviour.turns}.")
         if turn == 1:
             stream.say(f"Skills: {', '.join(skills) or 'none'}.")
-            if messenger is not None:
-                messenger.run("context")
-                inbox_seen = messenger.inbox()
-            for number in range(1, behaviour.tools + 1):
-                stream.tool("Bash", {"command": f"echo {number}"}, str(number), failed=False)
+            inbox_seen = look_around(stream, messenger, command, behaviour)
         if behaviour.garbage:
             stream.noise()
         if behaviour.serve:
@@ -399,6 +277,40 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
     duration = behaviour.turns * (behaviour.delay_ms + 100)
     stream.result(summary, turns=behaviour.turns, duration_ms=duration, error=error)
     return behaviour.exit_code
+
+
+def look_around(
+    stream: Stream, messenger: Messenger | None, command: CommandLine, behaviour: Behaviour
+) -> list[str]:
+    """What the first turn does with all it has; the ids of the messages in the inbox."""
+    inbox_seen: list[str] = []
+    if messenger is not None:
+        messenger.run("context")
+        inbox_seen = messenger.inbox()
+    for number in range(1, behaviour.tools + 1):
+        stream.tool("Bash", {"command": f"echo {number}"}, str(number), failed=False)
+    if behaviour.mcp:
+        for name, url in command.mcp_servers.items():
+            use_tools(stream, name, url)
+    return inbox_seen
+
+
+def use_tools(stream: Stream, server: str, url: str) -> None:
+    """Read what peers wrote, tell them something, and recommend to the leader: by MCP."""
+    session = stream.session_id
+    try:
+        client = McpClient(url)
+        offered = client.tools()
+        for tool, arguments in (
+            ("read_peer_messages", {}),
+            ("broadcast_observation", {"summary_text": f"observed in session {session}"}),
+            ("recommend_to_leader", {"summary_text": f"recommended in session {session}"}),
+        ):
+            if tool in offered:
+                succeeded, text = client.call(tool, arguments)
+                stream.tool(f"mcp__{server}__{tool}", arguments, text, failed=not succeeded)
+    except McpError as error:
+        stream.say(f"MCP server {server}: {error}")
 
 
 def serve(stream: Stream, prompt: str, turn: int) -> None:
