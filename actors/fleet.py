@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from voidbus.transport.message import Message
 from voidbus.vm.connect import connect_deadline
 
 VM_PATH = "vm"
+FIRST_SERVER_PORT = 8222
+"""Where the MCP servers of a guest listen, one after the other (protocol, "Skills")."""
 
 # Protocol, "Handshake": what a start may take beyond the deadline for the guest's answer (seconds).
 _ESTABLISH_SECONDS = 30.0
@@ -46,6 +49,7 @@ class _Exec:
     machine: FleetMachine
     on_output: Callable[[str, bytes], None]
     on_exit: Callable[[Exit], None]
+    background: bool = False
 
 
 @dataclass
@@ -64,6 +68,7 @@ class FleetMachine:
     wanted: _Wanted
     up: bool = False
     closed: bool = False
+    isolated: bool = True
     sidecar_url: str | None = None
     watches: dict[str, Callable[[], None]] = field(default_factory=dict)
 
@@ -74,7 +79,15 @@ class FleetMachine:
         on_output: Callable[[str, bytes], None],
         on_exit: Callable[[Exit], None],
     ) -> None:
-        self.fleet.execute(_Exec(stage, self, on_output, on_exit), command)
+        exec_ = _Exec(stage, self, on_output, on_exit, command.background)
+        self.fleet.execute(exec_, command)
+
+    def server_port(self, index: int) -> int:
+        """As the protocol numbers them; a machine that has the host's network gets a free one."""
+        if self.isolated:
+            return FIRST_SERVER_PORT + index
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            return int(free.getsockname()[1])
 
     def write_file(self, path: str, content: bytes, then: Callable[[str | None], None]) -> None:
         def written(outcome: Message) -> None:
@@ -156,8 +169,8 @@ class Fleet:
 
     @property
     def stages_running(self) -> set[str]:
-        """The stages whose programs run."""
-        return {each.stage for each in self._execs.values()}
+        """The stages whose programs run; those in the background are of none."""
+        return {each.stage for each in self._execs.values() if not each.background}
 
     # -- machines --------------------------------------------------------------------------
 
@@ -203,6 +216,7 @@ class Fleet:
             self._remove(machine)
             return
         machine.up = True
+        machine.isolated = outcome.isolation != "none"
         machine.sidecar_url = outcome.sidecar_url
         self._on_ready(machine.wanted.request, outcome)
         self._on_changed()
@@ -282,7 +296,8 @@ class Fleet:
         found = self._execs.pop(number, None)
         if found is None:
             return
-        self._on_exec_end(found.stage)
+        if not found.background:
+            self._on_exec_end(found.stage)
         if self.working:
             found.on_exit(end)
 
@@ -294,14 +309,15 @@ class Fleet:
             changed()
 
     def terminate(self) -> bool:
-        """Send SIGTERM to every program; whether there was any. The workload hears of nothing
-        from here on, and no machine is started any more."""
+        """Send SIGTERM to every program but those in the background; whether there was any. The
+        workload hears of nothing from here on, and no machine is started any more."""
         self.working = False
         self._wanted.clear()
-        for number, each in self._execs.items():
+        told = {n: each for n, each in self._execs.items() if not each.background}
+        for number, each in told.items():
             message = SignalExec(number=number, signal=signal.SIGTERM)
             self.ask(each.machine, message, lambda _: None, _SIGNAL_ASK_TIMEOUT)
-        return bool(self._execs)
+        return bool(told)
 
     def ask(
         self,

@@ -76,6 +76,13 @@ def _agent(spec: RunSpec) -> Iterator[BrokenRule]:
         return
     if not agent.prompt.strip() and agent.mode != "interactive":
         yield BrokenRule(("agent", "prompt"), "agent.prompt cannot be empty")
+    if agent.program is not None:
+        yield from _blank(("agent", "program"), agent.program)
+        if agent.command is not None:
+            message = "agent.program and agent.command are mutually exclusive"
+            yield BrokenRule(("agent", "program"), message)
+    if agent.command is not None:
+        yield from _blank(("agent", "command", "program"), agent.command.program)
     if agent.mode != "task" and agent.timeout_secs is not None:
         message = f"agent: mode: {agent.mode} and timeout_secs are mutually exclusive"
         yield BrokenRule(("agent", "timeout_secs"), message)

@@ -99,10 +99,21 @@ class MessagingSpec(SpecModel):
     provider_bridge: str | None = None
 
 
+class AgentCommand(SpecModel):
+    """A program that is an agent. `{prompt}` in an argument stands for the prompt, which is else
+    the program's standard input."""
+
+    program: str
+    args: Items[str] = ()
+
+
 class AgentSpec(SpecModel):
-    """One agent with a prompt. `timeout_secs` None means the host's default."""
+    """One agent with a prompt. `timeout_secs` None means the host's default. `program` stands for
+    the provider's own program, `command` for a program of no provider."""
 
     prompt: str
+    program: str | None = None
+    command: AgentCommand | None = None
     skills: Items[Skill] = ()
     timeout_secs: Seconds | None = None
     output_file: str | None = None

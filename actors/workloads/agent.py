@@ -20,6 +20,7 @@ from voidbus.actors.workloads.conductor import (
     Workload,
     clip,
 )
+from voidbus.actors.workloads.mcp_servers import McpServers
 from voidbus.actors.workloads.output import OutputCollector
 from voidbus.actors.workloads.publication import StageOutput
 from voidbus.actors.workloads.stage import Stage
@@ -49,6 +50,7 @@ class AgentTask(Workload):
         self._outputs = outputs
         self._input = input_text
         self._spent = Spending()
+        self._servers: McpServers | None = None
         self._stage = Stage(conductor, name, noun="agent", group="g0", box=name, retries=retries)
 
     def begin(self) -> None:
@@ -56,12 +58,15 @@ class AgentTask(Workload):
         self._conductor.open_machine(self._request, self._start, self._lost)
 
     def _start(self, machine: GuestMachine) -> None:
+        if self._servers is None:  # a later attempt finds them there
+            self._servers = self._settings.servers(machine, self._conductor, self._stage)
         self._stage.started()
         program = AgentProgram(
             self._settings,
             self._conductor,
             self._stage,
             lambda end: self._ended(machine, end),
+            servers=self._servers,
             input_text=self._input,
         )
         program.start(machine)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 
+from voidbus.actors.workloads.agent_stream import Said, StreamResult
 from voidbus.actors.workloads.conductor import (
     ERROR_LIMIT,
     Capture,
@@ -17,14 +16,15 @@ from voidbus.actors.workloads.conductor import (
     GuestMachine,
     LineSplitter,
 )
+from voidbus.actors.workloads.mcp_servers import McpServers
+from voidbus.actors.workloads.providers import Launch
+from voidbus.actors.workloads.skills import NO_SKILLS, SkillPlan
 from voidbus.actors.workloads.stage import Stage
-from voidbus.actors.workloads.stream_json import Said, StreamParser, StreamResult
 
 # An agent without a limit of its own, in a run without a policy (seconds).
 DEFAULT_AGENT_TIMEOUT = 1200
 DEFAULT_OUTPUT_FILE = "/workspace/output.json"
 INPUT_FILE = "/workspace/input.json"
-SKILLS_FOLDER = "/workspace/.claude/skills"
 # How much of the input is repeated in the prompt (bytes); the file has all of it.
 _INLINE_INPUT = 4000
 # Tools an agent uses are events; past this many they are only counted.
@@ -33,15 +33,25 @@ TOOL_EVENTS_LIMIT = 10_000
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """What an agent is started with. `timeout` in seconds, 0 for none; `skills` by name."""
+    """What an agent is started with. `timeout` in seconds, 0 for none; `env` stands over the
+    variables of the launch."""
 
     prompt: str
-    program: str
+    launch: Launch
     timeout: int
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    model: str | None = None
-    skills: Mapping[str, str] = field(default_factory=dict)
+    skills: SkillPlan = NO_SKILLS
     output_file: str = DEFAULT_OUTPUT_FILE
+
+    def guest_env(self, machine: GuestMachine) -> dict[str, str]:
+        """The variables of every program of this agent's machine."""
+        sidecar = machine.sidecar_url
+        return {**self.env, **({} if sidecar is None else {"VOID_SIDECAR_URL": sidecar})}
+
+    def servers(self, machine: GuestMachine, conductor: Conductor, stage: Stage) -> McpServers:
+        """The agent's MCP servers on a machine; they outlive an attempt of the agent."""
+        env = self.guest_env(machine)
+        return McpServers(self.skills.servers, machine, conductor, stage, env)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,8 @@ class Spending:
 
 
 class AgentProgram:
-    """Files first, then the program; `on_end` once it has ended. For one attempt."""
+    """Files first, then the MCP servers, then the program; `on_end` once it has ended. For one
+    attempt; `servers` are those of its machine."""
 
     def __init__(
         self,
@@ -79,6 +90,7 @@ class AgentProgram:
         stage: Stage,
         on_end: Callable[[AgentEnd], None],
         *,
+        servers: McpServers,
         input_text: str | None = None,
         on_running: Callable[[], None] = lambda: None,
     ) -> None:
@@ -86,59 +98,68 @@ class AgentProgram:
         self._conductor = conductor
         self._stage = stage
         self._on_end = on_end
+        self._servers = servers
         self._on_running = on_running
         self._input = input_text
-        self._parser = StreamParser()
+        self._stream = settings.launch.kind.stream()
         self._lines = LineSplitter(limit=1024 * 1024)
         self._capture = Capture()
         self._tools_used = 0
-        self._files: deque[tuple[str, bytes]] = deque(
-            (f"{SKILLS_FOLDER}/{PurePosixPath(skill).name}.md", text.encode())
-            for skill, text in settings.skills.items()
-        )
-        if input_text is not None:
-            self._files.append((INPUT_FILE, input_text.encode()))
+        self._files = deque(self._all_files())
+
+    def _all_files(self) -> list[tuple[str, bytes, str]]:
+        """(path, content, the skill it is of or nothing)."""
+        settings = self._settings
+        files = [(file.path, file.content, file.skill) for file in settings.skills.files]
+        own = {**settings.launch.files, **settings.launch.kind.files(self._servers.urls)}
+        files += [(path, content, "") for path, content in own.items()]
+        if self._input is not None:
+            files.append((INPUT_FILE, self._input.encode(), ""))
+        return files
 
     def start(self, machine: GuestMachine) -> None:
         """Begin, on a machine that answers."""
+        if self._stage.attempt == 1:
+            for skill, why in self._settings.skills.warnings:
+                message = f"skill {skill}: {why}"
+                self._stage.emit("skill.warning", message, level="warn", payload={"skill": skill})
         self._write_next(machine)
 
     def _write_next(self, machine: GuestMachine) -> None:
         if not self._files:
-            self._run(machine)
+            self._start_servers(machine)
             return
-        path, content = self._files.popleft()
+        path, content, skill = self._files.popleft()
 
         def written(error: str | None) -> None:
             if error is None:
                 self._write_next(machine)
             else:
-                self._end(Exit(-1), f"cannot write {path} in the guest: {error}")
+                whose = f"{skill}: " if skill else ""
+                self._end(Exit(-1), f"{whose}cannot write {path} in the guest: {error}")
 
         machine.write_file(path, content, written)
 
+    def _start_servers(self, machine: GuestMachine) -> None:
+        def ready(error: str | None) -> None:
+            if error is None:
+                self._run(machine)
+            else:
+                self._end(Exit(-1), error)
+
+        self._servers.start(ready)
+
     def _run(self, machine: GuestMachine) -> None:
         settings = self._settings
-        args = [
-            "-p",
-            self._prompt(),
-            "--output-format",
-            "stream-json",
-            "--verbose",
-            "--dangerously-skip-permissions",
-        ]
-        if settings.model:
-            args += ["--model", settings.model]
-        args += ["--settings", json.dumps({"skipWebFetchPreflight": True}, separators=(",", ":"))]
-        env = dict(settings.env)
-        if machine.sidecar_url is not None:
-            env["VOID_SIDECAR_URL"] = machine.sidecar_url
-        machine.execute(
-            self._stage.name,
-            Command(settings.program, tuple(args), env, timeout=settings.timeout),
-            self._on_output,
-            self._on_exit,
+        kind, prompt = settings.launch.kind, self._prompt()
+        command = Command(
+            kind.program,
+            kind.arguments(prompt, mcp=bool(self._servers.urls)),
+            {**settings.launch.env, **settings.guest_env(machine)},
+            stdin=kind.stdin(prompt),
+            timeout=settings.timeout,
         )
+        machine.execute(self._stage.name, command, self._on_output, self._on_exit)
         self._on_running()
 
     def _prompt(self) -> str:
@@ -154,7 +175,7 @@ class AgentProgram:
             self._conductor.log(self._stage.name, stream, data)
             return
         for line in self._lines.feed(data):
-            self._show(self._parser.feed(line))
+            self._show(self._stream.feed(line))
 
     def _show(self, said: list[Said]) -> None:
         for item in said:
@@ -176,22 +197,22 @@ class AgentProgram:
 
     def _on_exit(self, end: Exit) -> None:
         for line in self._lines.flush():
-            self._show(self._parser.feed(line))
-        result = self._parser.result
-        program = self._settings.program
+            self._show(self._stream.feed(line))
         if end.error is not None:
             self._end(end, end.error, crashed=True)
-        elif not result.events:
-            stderr = self._capture["stderr"].decode(errors="replace").strip()[-500:]
-            detail = f"exit code {end.exit_code}" + (f", stderr: {stderr}" if stderr else "")
-            error = f"{program} returned no stream-json events ({detail})"
+            return
+        program = self._settings.launch.kind.program
+        error = self._stream.judge(program, end.exit_code, self._capture["stderr"])
+        if error is not None:
             self._end(end, error)
-        elif result.is_error:
-            self._end(end, result.error or result.result or "the agent reported an error")
-        elif end.exit_code and not result.ended:
-            self._end(end, f"{program} ended with exit code {end.exit_code}, no result")
         else:
-            self._on_end(AgentEnd(end, result))
+            self._on_end(AgentEnd(end, self._result()))
 
     def _end(self, end: Exit, error: str, crashed: bool = False) -> None:
-        self._on_end(AgentEnd(end, self._parser.result, error[:ERROR_LIMIT], crashed))
+        self._on_end(AgentEnd(end, self._result(), error[:ERROR_LIMIT], crashed))
+
+    def _result(self) -> StreamResult:
+        result = self._stream.result
+        if self._settings.launch.free:
+            result.total_cost_usd = 0.0
+        return result

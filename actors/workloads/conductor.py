@@ -17,13 +17,15 @@ Level = Literal["info", "warn", "error"]
 
 @dataclass(frozen=True)
 class Command:
-    """A program to run in the guest. `timeout` in seconds; 0 is no limit."""
+    """A program to run in the guest. `timeout` in seconds; 0 is no limit. One in the `background`
+    ends with its machine: a cancelled run neither tells it nor waits for it."""
 
     program: str
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     stdin: bytes = b""
     timeout: int = 0
+    background: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class GuestMachine(Protocol):
     @property
     def sidecar_url(self) -> str | None:
         """How its programs reach the run's sidecar, where they may."""
+
+    def server_port(self, index: int) -> int:
+        """The port for the guest's server of this number, counted from 0."""
 
     def execute(
         self,

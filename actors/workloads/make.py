@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from voidbus.actors.messaging_skill import MESSAGING_SKILL, MESSAGING_SKILL_NAME
+from voidbus.actors.messaging_skill import messaging_skills
 from voidbus.actors.workloads.agent import AgentTask
 from voidbus.actors.workloads.agent_program import (
     DEFAULT_AGENT_TIMEOUT,
@@ -22,17 +22,16 @@ from voidbus.actors.workloads.conductor import (
 )
 from voidbus.actors.workloads.output import OutputCollector
 from voidbus.actors.workloads.pipeline import BoxPlan, Pipeline, stages_of
+from voidbus.actors.workloads.providers import GATEWAY, Launch, launch_of
 from voidbus.actors.workloads.sandbox import Sandbox
 from voidbus.actors.workloads.service import AgentService
+from voidbus.actors.workloads.skills import plan_skills
 from voidbus.actors.workloads.workflow import STEPS_AT_ONCE, Workflow
 from voidbus.spec.environment import resolve_env
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import AgentSpec, BoxSpec, LlmSpec, PipelineSpec, RunSpec, SandboxSpec
-from voidbus.spec.skill import InlineSkill, ReferenceSkill, Skill
+from voidbus.spec.skill import Skill
 
-# The program an agent run starts; Codex and others come with their providers.
-_AGENT_PROGRAM = "claude-code"
-_SKILL_LIMIT = 1024 * 1024
 # Machines of one run at once, in a run without a policy.
 DEFAULT_MACHINES_AT_ONCE = 4
 
@@ -54,7 +53,7 @@ def make_workload(
 ) -> Workload:
     """The workload of a specification. `base` is its folder: relative paths in it start there.
 
-    Raises OSError, ValueError for a skill's file that can't be read.
+    Raises ValueError for a skill's file, a key or credentials that are missing.
     """
     maker = _Maker(spec, conductor, run_id, host_env, input_text, policy, base)
     if spec.workflow is not None:
@@ -109,18 +108,20 @@ class _Maker:
 
     def agent(self, agent: AgentSpec) -> Workload:
         spec = self._spec
-        machine = MachineRequest(spec.sandbox, stage=spec.name, messaging=agent.messaging.enabled)
-        skills = self._skills(agent.skills)
-        if agent.messaging.enabled:
-            skills[MESSAGING_SKILL_NAME] = MESSAGING_SKILL
+        messaging = agent.messaging.enabled
+        skills = list(agent.skills)
+        if messaging:
+            skills += messaging_skills(agent, spec.llm)
         settings = self._settings(
             agent.prompt,
             spec.sandbox,
-            spec.llm,
+            self._launch(spec.llm, spec.sandbox, agent),
             skills,
             agent.timeout_secs,
             agent.output_file or DEFAULT_OUTPUT_FILE,
         )
+        sandbox = networked(spec.sandbox, settings.launch)
+        machine = MachineRequest(sandbox, stage=spec.name, messaging=messaging)
         if agent.mode == "service":
             return AgentService(
                 spec.name,
@@ -161,52 +162,51 @@ class _Maker:
         sandbox = box_sandbox(self._spec.sandbox, box)
         given = [Share(shares[out.name], out.guest, writable=True) for out in box.outputs]
         given += [Share(shares[source.source], source.guest, False) for source in box.inputs]
-        return BoxPlan(
-            self._settings(
-                box.prompt,
-                sandbox,
-                box.llm or self._spec.llm,
-                self._skills(box.skills),
-                box.timeout_secs,
-                DEFAULT_OUTPUT_FILE,
-            ),
-            MachineRequest(sandbox, stage=box.name, shares=tuple(given)),
+        launch = self._launch(box.llm or self._spec.llm, sandbox)
+        settings = self._settings(
+            box.prompt, sandbox, launch, box.skills, box.timeout_secs, DEFAULT_OUTPUT_FILE
+        )
+        request = MachineRequest(networked(sandbox, launch), stage=box.name, shares=tuple(given))
+        return BoxPlan(settings, request)
+
+    def _launch(
+        self, llm: LlmSpec | None, sandbox: SandboxSpec, agent: AgentSpec | None = None
+    ) -> Launch:
+        return launch_of(
+            llm,
+            self._host_env,
+            # There is no machine between it and the host.
+            gateway="127.0.0.1" if sandbox.mode == "mock" else GATEWAY,
+            program=agent.program if agent is not None else None,
+            command=agent.command if agent is not None else None,
         )
 
     def _settings(
         self,
         prompt: str,
         sandbox: SandboxSpec,
-        llm: LlmSpec | None,
-        skills: Mapping[str, str],
+        launch: Launch,
+        skills: Sequence[Skill],
         timeout: int | None,
         output_file: str,
     ) -> AgentSettings:
-        env = resolve_env(sandbox.env, self._host_env)
-        if (llm is None or llm.provider == "claude") and self._host_env.get("ANTHROPIC_API_KEY"):
-            env.setdefault("ANTHROPIC_API_KEY", self._host_env["ANTHROPIC_API_KEY"])
-        takes_model = llm is not None and llm.provider not in ("claude", "claude-personal", "codex")
         return AgentSettings(
             prompt=prompt,
-            program=_AGENT_PROGRAM,
+            launch=launch,
             timeout=first_timeout(timeout, self._stage_timeout, DEFAULT_AGENT_TIMEOUT),
-            env=env,
-            model=llm.model if llm is not None and takes_model else None,
-            skills=skills,
+            env=resolve_env(sandbox.env, self._host_env),
+            skills=plan_skills(skills, self._base),
             output_file=output_file,
         )
 
-    def _skills(self, skills: Sequence[Skill]) -> dict[str, str]:
-        """Skill files by name: inline ones, and `file:` ones below `base`."""
-        found: dict[str, str] = {}
-        for skill in skills:
-            if isinstance(skill, InlineSkill):
-                found[skill.name] = skill.content
-            elif isinstance(skill, ReferenceSkill) and skill.type == "file":
-                path = self._base / skill.value
-                with path.open("rb") as file:
-                    found[path.stem] = file.read(_SKILL_LIMIT).decode(errors="replace")
-        return found
+
+def networked(sandbox: SandboxSpec, launch: Launch) -> SandboxSpec:
+    """The machine of an agent whose model is to be reached from it."""
+    if not launch.network:
+        return sandbox
+    port = launch.host_port
+    ports = sandbox.host_ports if port is None else (*sandbox.host_ports, port)
+    return sandbox.model_copy(update={"network": True, "host_ports": ports})
 
 
 def box_sandbox(run: SandboxSpec, box: BoxSpec) -> SandboxSpec:

@@ -140,12 +140,14 @@ class Pipeline(Workload):
             self._spent.add(end)
             on_end(end)
 
-        self._stages[box].started()
+        stage, settings = self._stages[box], self._plans[box].settings
+        stage.started()
         AgentProgram(
-            self._plans[box].settings,
+            settings,
             self._conductor,
-            self._stages[box],
+            stage,
             ended,
+            servers=settings.servers(machine, self._conductor, stage),
             input_text=self._carry,
         ).start(machine)
 

@@ -81,6 +81,7 @@ class AgentService(Workload):
             self._conductor,
             self._stage,
             lambda end: self._ended(machine, end),
+            servers=self._settings.servers(machine, self._conductor, self._stage),
             input_text=self._input,
             on_running=self._now_running,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from conductor_kit import FakeConductor
 
 from voidbus.actors.workloads import agent_program as agent_module
 from voidbus.actors.workloads.agent import AgentTask
+from voidbus.actors.workloads.agent_kinds import ClaudeCode
 from voidbus.actors.workloads.agent_program import DEFAULT_OUTPUT_FILE, AgentSettings
 from voidbus.actors.workloads.conductor import ERROR_LIMIT, REPORT_LIMIT, MachineRequest
 from voidbus.actors.workloads.make import make_workload
 from voidbus.actors.workloads.output import OutputCollector
 from voidbus.actors.workloads.pipeline import Pipeline
+from voidbus.actors.workloads.providers import Launch
 from voidbus.actors.workloads.sandbox import Sandbox
 from voidbus.actors.workloads.service import AgentService
+from voidbus.actors.workloads.skills import plan_skills
 from voidbus.actors.workloads.workflow import Workflow
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec, SandboxSpec
+from voidbus.spec.skill import InlineSkill
 
 
 def lines(*events: dict[str, Any] | str) -> bytes:
@@ -47,7 +52,7 @@ def begin(
     input_text: str | None = None,
     timeout: int = 60,
     model: str | None = None,
-    skills: dict[str, str] | None = None,
+    skills: Sequence[tuple[str, str]] = (),
     conductor: FakeConductor | None = None,
     output_file: str = DEFAULT_OUTPUT_FILE,
     retries: int = 0,
@@ -57,11 +62,10 @@ def begin(
         "scout",
         AgentSettings(
             prompt="Do it.",
-            program="claude-code",
+            launch=Launch(ClaudeCode("claude-code", model)),
             timeout=timeout,
             env={"KEY": "value"},
-            model=model,
-            skills=skills or {},
+            skills=plan_skills([InlineSkill(name=n, content=c) for n, c in skills], Path()),
             output_file=output_file,
         ),
         conductor,
@@ -78,6 +82,12 @@ def begin(
 def prompt_of(conductor: FakeConductor) -> str:
     args = conductor.commands["scout"].args
     return args[args.index("-p") + 1]
+
+
+def skills_written(conductor: FakeConductor) -> dict[str, bytes]:
+    folder = "/workspace/.claude/skills/"
+    written = conductor.written.items()
+    return {path.removeprefix(folder): text for path, text in written if path.startswith(folder)}
 
 
 # -- before it starts --------------------------------------------------------------------------
@@ -118,7 +128,7 @@ def test_the_prompt_ends_with_the_output_file_of_the_specification() -> None:
 
 def test_input_is_a_file_and_stands_in_the_prompt() -> None:
     conductor, _ = begin(input_text="what came before")
-    assert conductor.written == {"/workspace/input.json": b"what came before"}
+    assert conductor.written["/workspace/input.json"] == b"what came before"
     assert "--- Previous stage output ---\nwhat came before\n---" in prompt_of(conductor)
 
 
@@ -131,11 +141,8 @@ def test_input_is_cut_in_the_prompt_at_4000_bytes_where_a_character_ends() -> No
 
 def test_skills_are_written_before_the_agent_starts() -> None:
     conductor = FakeConductor()
-    begin(skills={"one": "# One", "../two": "# Two"}, conductor=conductor)
-    assert conductor.written == {
-        "/workspace/.claude/skills/one.md": b"# One",
-        "/workspace/.claude/skills/two.md": b"# Two",
-    }
+    begin(skills=[("one", "# One"), ("../two", "# Two")], conductor=conductor)
+    assert skills_written(conductor) == {"one.md": b"# One", "two.md": b"# Two"}
     assert conductor.stages_running() == ["scout"]
 
 
@@ -375,10 +382,7 @@ def test_file_and_inline_skills_are_read_on_the_host(tmp_path: Path) -> None:
     (tmp_path / "deploy.md").write_text("# Deploy")
     skills = [f"file:{tmp_path}/deploy.md", {"name": "inline", "content": "# In"}, "agent:claude"]
     _, conductor = make(agent_run(agent={"prompt": "x", "skills": skills}))
-    assert conductor.written == {
-        "/workspace/.claude/skills/deploy.md": b"# Deploy",
-        "/workspace/.claude/skills/inline.md": b"# In",
-    }
+    assert skills_written(conductor) == {"deploy.md": b"# Deploy", "inline.md": b"# In"}
 
 
 def test_the_policys_stage_timeout_reaches_the_stage() -> None:
@@ -391,7 +395,7 @@ def test_the_api_key_is_passed_for_claude_and_the_model_for_others() -> None:
     assert conductor.commands["scout"].env["ANTHROPIC_API_KEY"] == "k"
     llm = {"provider": "ollama", "model": "q"}
     _, conductor = make(agent_run(llm=llm), host_env={"ANTHROPIC_API_KEY": "k"})
-    assert "ANTHROPIC_API_KEY" not in conductor.commands["scout"].env
+    assert conductor.commands["scout"].env["ANTHROPIC_API_KEY"] == ""
     assert conductor.commands["scout"].args[-4:-2] == ("--model", "q")
 
 

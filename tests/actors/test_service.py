@@ -7,9 +7,11 @@ import json
 import pytest
 from conductor_kit import FakeConductor
 
+from voidbus.actors.workloads.agent_kinds import ClaudeCode
 from voidbus.actors.workloads.agent_program import AgentSettings
 from voidbus.actors.workloads.conductor import MachineRequest
 from voidbus.actors.workloads.output import OutputCollector
+from voidbus.actors.workloads.providers import Launch
 from voidbus.actors.workloads.service import REPUBLISH_SECONDS, AgentService
 from voidbus.spec.run import SandboxSpec
 
@@ -21,7 +23,7 @@ def begin(*, patient: bool = False, watch_error: str | None = None) -> FakeCondu
     conductor = FakeConductor(patient=patient or watch_error is not None)
     service = AgentService(
         "desk",
-        AgentSettings(prompt="Serve.", program="claude-code", timeout=0, output_file=FILE),
+        AgentSettings("Serve.", Launch(ClaudeCode("claude-code")), timeout=0, output_file=FILE),
         conductor,
         machine=MachineRequest(SandboxSpec(), stage="desk"),
         outputs=OutputCollector(conductor, "r1"),

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voidbus.actors.run_log import LINE_LIMIT, RunLog
+from voidbus.actors.workloads.agent_stream import Said
 from voidbus.actors.workloads.conductor import OUTPUT_LIMIT, Capture, LineSplitter, clip
-from voidbus.actors.workloads.stream_json import Said, StreamParser
+from voidbus.actors.workloads.stream_json import StreamParser
 
 
 def feed(*events: Any) -> tuple[StreamParser, list[Said]]:

@@ -84,6 +84,26 @@ def test_an_agent_finds_its_skill_reads_its_inbox_and_reports_to_its_leader(
     assert leftovers(supervisor, run_id) == []
 
 
+def test_an_agent_finds_its_mcp_server_and_its_calls_arrive_on_the_host(
+    supervisor: Supervisor, client: Client, tmp_path: Path
+) -> None:
+    run_id = client.start(vm_agent(tmp_path, "tools", CLAUDIO_MCP="1", CLAUDIO_INTENTS="0"))
+    state = client.wait_end(run_id, BOOT_PATIENCE)
+    assert (state.status, state.error) == (RunStatus.SUCCEEDED, None)
+    assert "Skills: void-messaging." in printed(client, run_id)
+    events = client.events(run_id)
+    used = [event.message for event in events if event.event_type == "agent.tool_used"]
+    assert [tool for tool in used if tool.startswith("mcp__")] == [
+        "mcp__void-mcp__read_peer_messages",
+        "mcp__void-mcp__broadcast_observation",
+        "mcp__void-mcp__recommend_to_leader",
+    ]
+    intents = client.ask("runs", ReadIntents(run_id=run_id))
+    assert isinstance(intents, IntentList)
+    told = [(intent.kind, intent.audience) for intent in intents.intents]
+    assert told == [("signal", "broadcast"), ("proposal", "leader")]
+
+
 def test_a_workflow_shares_its_machine_and_its_files(
     supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:

@@ -213,6 +213,9 @@ class FakeMachine:
         self._conductor.commands[stage] = command
         self._conductor.running.append(Started(stage, command, on_output, on_exit))
 
+    def server_port(self, index: int) -> int:
+        return 8222 + index
+
     def write_file(self, path: str, content: bytes, then: Callable[[str | None], None]) -> None:
         def write() -> None:
             error = self._conductor.write_errors.get(path)

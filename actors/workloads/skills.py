@@ -1,0 +1,117 @@
+"""What skills come to in the guest: files, MCP servers, and words about what is not done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from voidbus.spec.skill import InlineSkill, McpSkill, OciSkill, ReferenceSkill, Skill
+
+SKILLS_FOLDER = "/workspace/.claude/skills"
+_SKILL_LIMIT = 1024 * 1024
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class SkillFile:
+    """A file of the guest's; `skill` is the one it belongs to, as errors name it."""
+
+    path: str
+    content: bytes = field(repr=False)
+    skill: str
+
+
+@dataclass(frozen=True)
+class McpServer:
+    """An MCP server to be started in the guest: `command ARGS --sse --port PORT`."""
+
+    name: str
+    command: str
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class SkillPlan:
+    """What is to be made of an agent's skills. `warnings` are (skill, what is not done)."""
+
+    files: tuple[SkillFile, ...] = ()
+    servers: tuple[McpServer, ...] = ()
+    warnings: tuple[tuple[str, str], ...] = ()
+
+
+NO_SKILLS = SkillPlan()
+
+
+def plan_skills(skills: Sequence[Skill], base: Path) -> SkillPlan:
+    """Read what is on the host; relative paths start at `base`.
+
+    Raises ValueError naming the skill whose file can't be read.
+    """
+    planner = _Planner(base)
+    for skill in skills:
+        planner.take(skill)
+    return SkillPlan(
+        tuple(planner.files.values()), tuple(planner.servers.values()), tuple(planner.warnings)
+    )
+
+
+class _Planner:
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self.files: dict[str, SkillFile] = {}
+        self.servers: dict[str, McpServer] = {}
+        self.warnings: list[tuple[str, str]] = []
+
+    def take(self, skill: Skill) -> None:
+        match skill:
+            case InlineSkill():
+                self._file(skill.name, skill.content.encode(), f"skill {skill.name}")
+            case McpSkill():
+                self._server(skill.command, skill.args, skill.env)
+            case OciSkill():
+                self.warnings.append((skill.image, "OCI skills are not mounted by this release"))
+            case ReferenceSkill(type="file"):
+                self._host_file(skill.value)
+            case ReferenceSkill(type="remote"):
+                self._remote(skill.value)
+            case ReferenceSkill(type="mcp"):
+                self._server(skill.value, (), {})
+            case _:  # `agent:` and `cli:` say what is there already
+                return
+
+    def _file(self, name: str, content: bytes, skill: str) -> None:
+        path = f"{SKILLS_FOLDER}/{PurePosixPath(name).name}.md"
+        self.files[path] = SkillFile(path, content, skill)
+
+    def _host_file(self, value: str) -> None:
+        path = self._base / value
+        try:
+            with path.open("rb") as file:
+                content = file.read(_SKILL_LIMIT)
+        except OSError as error:
+            raise ValueError(
+                f"skill file:{value}: {path} can't be read: {error.strerror}"
+            ) from error
+        self._file(path.stem, content, f"skill file:{value}")
+
+    def _remote(self, value: str) -> None:
+        """Nothing is fetched: the agent finds what it may look for, and says so if it needs it."""
+        owner, _, rest = value.partition("/")
+        repository, _, skill = rest.partition("/")
+        where = f"skills/{skill}/SKILL.md" if skill else "SKILL.md"
+        url = f"https://raw.githubusercontent.com/{owner}/{repository}/main/{where}"
+        name = skill.rpartition("/")[2] or repository or owner
+        text = f"# {name}\n\nThis skill was not fetched. It is at {url}.\n"
+        self._file(name, text.encode(), f"skill remote:{value}")
+        self.warnings.append(
+            (f"remote:{value}", f"it is not fetched by this release; a placeholder names {url}")
+        )
+
+    def _server(self, command: str, args: Sequence[str], env: Mapping[str, str]) -> None:
+        name = stem = PurePosixPath(command).name[:_LONGEST_NAME] or command
+        number = 2
+        while name in self.servers:
+            name, number = f"{stem}-{number}", number + 1
+        self.servers[name] = McpServer(name, command, tuple(args), env)
