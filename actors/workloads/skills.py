@@ -81,9 +81,11 @@ class _Planner:
             case _:  # `agent:` and `cli:` say what is there already
                 return
 
-    def _file(self, name: str, content: bytes, skill: str) -> None:
-        path = f"{SKILLS_FOLDER}/{PurePosixPath(name).name}.md"
-        self.files[path] = SkillFile(path, content, skill)
+    def _file(self, name: str, content: bytes, skill: str, folder: str | None = None) -> None:
+        """As the format has it, and where Claude Code itself looks: a folder for each skill."""
+        name = PurePosixPath(name).name
+        for path in (f"{name}.md", f"{folder or name}/SKILL.md"):
+            self.files[path] = SkillFile(f"{SKILLS_FOLDER}/{path}", content, skill)
 
     def _host_file(self, value: str) -> None:
         path = self._base / value
@@ -94,7 +96,9 @@ class _Planner:
             raise ValueError(
                 f"skill file:{value}: {path} can't be read: {error.strerror}"
             ) from error
-        self._file(path.stem, content, f"skill file:{value}")
+        # A file that lies as Claude Code wants it is named by its folder.
+        folder = path.absolute().parent.name if path.name == "SKILL.md" else None
+        self._file(path.stem, content, f"skill file:{value}", folder)
 
     def _remote(self, value: str) -> None:
         """Nothing is fetched: the agent finds what it may look for, and says so if it needs it."""

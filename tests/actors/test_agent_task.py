@@ -142,7 +142,12 @@ def test_input_is_cut_in_the_prompt_at_4000_bytes_where_a_character_ends() -> No
 def test_skills_are_written_before_the_agent_starts() -> None:
     conductor = FakeConductor()
     begin(skills=[("one", "# One"), ("../two", "# Two")], conductor=conductor)
-    assert skills_written(conductor) == {"one.md": b"# One", "two.md": b"# Two"}
+    assert skills_written(conductor) == {
+        "one.md": b"# One",
+        "one/SKILL.md": b"# One",
+        "two.md": b"# Two",
+        "two/SKILL.md": b"# Two",
+    }
     assert conductor.stages_running() == ["scout"]
 
 
@@ -382,7 +387,8 @@ def test_file_and_inline_skills_are_read_on_the_host(tmp_path: Path) -> None:
     (tmp_path / "deploy.md").write_text("# Deploy")
     skills = [f"file:{tmp_path}/deploy.md", {"name": "inline", "content": "# In"}, "agent:claude"]
     _, conductor = make(agent_run(agent={"prompt": "x", "skills": skills}))
-    assert skills_written(conductor) == {"deploy.md": b"# Deploy", "inline.md": b"# In"}
+    written = skills_written(conductor)
+    assert (written["deploy.md"], written["inline.md"]) == (b"# Deploy", b"# In")
 
 
 def test_the_policys_stage_timeout_reaches_the_stage() -> None:

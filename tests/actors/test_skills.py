@@ -79,6 +79,13 @@ def test_a_skill_that_cannot_be_written_fails_the_run_by_its_name() -> None:
     )
 
 
+def test_a_skill_in_a_folder_of_its_own_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "review").mkdir()
+    (tmp_path / "review/SKILL.md").write_text("# Review")
+    conductor = run(["file:review/SKILL.md"], base=tmp_path)
+    assert conductor.written[f"{SKILLS}/review/SKILL.md"] == b"# Review"
+
+
 @pytest.mark.parametrize(
     ("value", "file", "where"),
     [
