@@ -69,6 +69,12 @@ def _has_name_server() -> bool:
     return bool(servers) and ":" not in servers[0]
 
 
+def _has_claude() -> bool:
+    from claude_code import claude_program
+
+    return claude_program() is not None
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
@@ -81,6 +87,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "mcp-sdk": _has_mcp_sdk,
     "cpio": lambda: shutil.which("cpio") is not None,
     "nameserver": _has_name_server,
+    "claude": _has_claude,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
 }
 
