@@ -92,7 +92,7 @@ class SidecarActor(Actor):
     def on_read_intents(self, message: ReadIntents, delivery: Delivery) -> object:
         intents = self._server.peek(_INTENTS_AT_ONCE)
         delivery.reply(IntentList(run_id=self._run_id, intents=tuple(intents)))
-        if message.drain:
+        if message.drain and intents:
             # Taken away only once they are on their way.
             self._server.acknowledge([intent.intent_id for intent in intents])
         return LATER

@@ -397,3 +397,14 @@ def test_a_full_disk_delays_events_and_loses_none(
     assert state.terminal_event_id == house.events()[-1].event_id
     assert len(house.log("wait")) == 2001
     assert not next(failures, False), "the disk was full when the run ended"
+
+
+def test_a_poll_that_finds_no_intents_leaves_no_event(house: House) -> None:
+    house.start(agent(CLAUDIO_HANG="1"))
+    house.wait_type("sidecar.started")
+    for _ in range(3):
+        drained = house.ask("sidecar", ReadIntents(run_id=RUN_ID, drain=True))
+        assert drained == IntentList(run_id=RUN_ID, intents=())
+    house.cancel(grace=0.0)
+    house.wait_over()
+    assert "sidecar.acknowledged" not in house.types()
