@@ -56,6 +56,8 @@ RULES = {
     # Kernels are packed with LZ4, for which the standard library has no decoder.
     "vm/image/kernel.py": Rule(("voidbus.vm",), frozenset({"lz4"})),
     "vm": Rule(("voidbus.spec",)),
+    # yarl is aiohttp's own type of a URL, which else would be quoted anew.
+    "sidecar/model_gateway.py": Rule(("voidbus.sidecar",), frozenset({"aiohttp", "yarl"})),
     "sidecar": Rule(third=frozenset({"aiohttp"}) | PYDANTIC),
     "mcp": Rule(("voidbus.sidecar.client",)),
     "gateway": Rule(
