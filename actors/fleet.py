@@ -70,6 +70,7 @@ class FleetMachine:
     closed: bool = False
     isolated: bool = True
     sidecar_url: str | None = None
+    model_url: str | None = None
     watches: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def execute(
@@ -218,6 +219,7 @@ class Fleet:
         machine.up = True
         machine.isolated = outcome.isolation != "none"
         machine.sidecar_url = outcome.sidecar_url
+        machine.model_url = outcome.model_url
         self._on_ready(machine.wanted.request, outcome)
         self._on_changed()
         machine.wanted.on_ready(machine)

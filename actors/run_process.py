@@ -179,6 +179,7 @@ class RunProcess:
             reason=selection.reason,
             artifacts=ArtifactStore(Path(self._config.artifacts)),
             stage=request.stage,
+            model=request.model,
         )
 
     def _machine_spec(self, path: str, request: MachineRequest) -> MachineSpec:

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from voidbus.actors.artifact_store import ArtifactStore, media_type_of
 from voidbus.actors.console_file import keep_console
+from voidbus.actors.host_services import HostServices
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.actor import Done
 from voidbus.actors.messages.machine import (
@@ -42,6 +43,7 @@ from voidbus.actors.messages.runs import ConsoleText, ReadConsole
 from voidbus.actors.messages.telemetry import GuestSample, GuestSamples
 from voidbus.actors.runtime.actor import LATER, Actor, Place, Refuse, Timer, handles
 from voidbus.actors.runtime.process import ProcessIdentity
+from voidbus.sidecar.model_endpoint import ModelEndpoint
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import Message
@@ -56,7 +58,6 @@ log = logging.getLogger("voidbus.actors")
 
 # How long a file request may take in the guest, and how long output may wait for the run actor.
 _FILE_TIMEOUT = 30.0
-_FORWARD_TIMEOUT = 10.0
 _WATCH_TIMEOUT = 10.0
 # A file that is kept is handed on too where it is this small (bytes): structured output is read.
 _LOOKED_AT = 4 * 1024 * 1024
@@ -85,7 +86,8 @@ _SAMPLES_A_REPORT = 5
 class VmActor(Actor):
     """One machine from start to stop. `owner` is the path of the run actor; the machine's console
     is kept in `directory` when it has ended. `reason` says why it is of this kind. `stage` is the
-    one stage the machine is for, if it is for one only. Files are kept in `artifacts`."""
+    one stage the machine is for, if it is for one only. Files are kept in `artifacts`. The guest
+    reaches `model` by a gateway of this actor's."""
 
     mailbox_limit = 256
     control: ClassVar[frozenset[type[Message]]] = frozenset({StopMachine, SignalExec})
@@ -103,6 +105,7 @@ class VmActor(Actor):
         reason: str,
         artifacts: ArtifactStore,
         stage: str | None = None,
+        model: ModelEndpoint | None = None,
     ) -> None:
         super().__init__(place)
         self._artifacts = artifacts
@@ -114,6 +117,7 @@ class VmActor(Actor):
         self._reason = reason
         self._spec = spec
         self._machine = machine(spec, on_exit=self._machine_exit, on_lease=self._lease)
+        self._services = HostServices(self._machine, model, spec.scratch)
         self._channel: GuestChannel | None = None
         self._execs: dict[int, ExecHandle] = {}
         self._signalled: set[int] = set()
@@ -127,6 +131,7 @@ class VmActor(Actor):
     def on_stop(self) -> None:
         self._machine.kill()
         self._machine.close()
+        self._services.close()
         try:
             keep_console(self._directory, self._machine.console(), self._stage)
         except OSError as error:
@@ -141,31 +146,28 @@ class VmActor(Actor):
 
     @handles(StartMachine)
     def on_start_machine(self, message: StartMachine, delivery: Delivery) -> object:
-        def start() -> tuple[GuestChannel, str | None]:
+        def start() -> tuple[GuestChannel, str | None, str | None]:
             channel = self._machine.start(message.timeout)
             channel.subscribe_telemetry(_SAMPLE_INTERVAL_MS, self._sampled)
-            if message.sidecar is None:
-                return channel, None
-            host, port = message.sidecar
-            address = self._machine.offer_host_port(port)
-            if address is not None:
-                return channel, f"http://{address}:{port}"
-            # No network card needed: a port in the guest leads to this one endpoint of the host.
-            inside = channel.listen_forward(0, (host, port), timeout=_FORWARD_TIMEOUT)
-            return channel, f"http://127.0.0.1:{inside}"
+            return (
+                channel,
+                self._services.offer_sidecar(channel, message.sidecar),
+                self._services.offer_model(channel),
+            )
 
-        def started(outcome: tuple[GuestChannel, str | None] | Exception) -> None:
+        def started(outcome: tuple[GuestChannel, str | None, str | None] | Exception) -> None:
             if isinstance(outcome, Exception):
                 delivery.fail(FaultReason.FAILED, str(outcome)[: 2 * _WORDS_LIMIT])
                 return
-            self._channel, url = outcome
+            self._channel, sidecar_url, model_url = outcome
             delivery.reply(
                 MachineReady(
                     machine=self._machine.name,
                     isolation=self._machine.isolation,
                     reason=self._reason,
                     warnings=self._machine.warnings,
-                    sidecar_url=url,
+                    sidecar_url=sidecar_url,
+                    model_url=model_url,
                 )
             )
             if self._end_reason is not None:

@@ -95,7 +95,9 @@ def _agent(spec: RunSpec) -> Iterator[BrokenRule]:
 
 
 def _llm(location: Location, llm: LlmSpec | None) -> Iterator[BrokenRule]:
-    if llm is not None and llm.provider not in PROVIDERS:
+    if llm is None:
+        return
+    if llm.provider not in PROVIDERS:
         yield BrokenRule(
             (*location, "provider"),
             "unknown provider",
@@ -103,6 +105,15 @@ def _llm(location: Location, llm: LlmSpec | None) -> Iterator[BrokenRule]:
             ", ".join(PROVIDERS),
             nearest(llm.provider, PROVIDERS),
         )
+    if llm.key_in_guest and llm.credential_proxy:
+        message = "llm.key_in_guest and llm.credential_proxy are mutually exclusive"
+        yield BrokenRule((*location, "key_in_guest"), message)
+    # Only what goes through the gateway can be counted.
+    direct = llm.key_in_guest or llm.provider == "claude-personal"
+    if direct and llm.max_requests is not None:
+        why = "key_in_guest" if llm.key_in_guest else "provider claude-personal"
+        message = f"llm.max_requests can't be enforced with {why}"
+        yield BrokenRule((*location, "max_requests"), message)
 
 
 def _mounts(location: Location, mounts: Sequence[MountSpec]) -> Iterator[BrokenRule]:

@@ -72,13 +72,16 @@ class SandboxSpec(SpecModel):
 
 
 class LlmSpec(SpecModel):
-    """The model behind an agent. `api_key_env` names a variable of the host, never a key."""
+    """The model behind an agent. `api_key_env` names a variable of the host, never a key;
+    `max_requests` is how often the agent may ask the model."""
 
     provider: LowerText
     model: str | None = None
     base_url: str | None = None
     api_key_env: str | None = None
     credential_proxy: bool | None = None
+    key_in_guest: bool = False
+    max_requests: Annotated[int, Field(ge=1, le=U64_MAX)] | None = None
 
 
 class ObserveSpec(SpecModel):

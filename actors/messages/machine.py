@@ -18,13 +18,14 @@ class StartMachine(Message, tag="machine.start"):
 class MachineReady(Message, tag="machine.ready"):
     """The guest answers. `isolation` says what is between it and the host, `reason` why it is this
     kind of machine; `warnings` are what the guest goes on without; `sidecar_url` is how a program
-    in the guest reaches the sidecar."""
+    in the guest reaches the sidecar, `model_url` the gateway to its model."""
 
     machine: str
     isolation: str
     reason: str = ""
     warnings: tuple[str, ...] = ()
     sidecar_url: str | None = None
+    model_url: str | None = None
 
 
 class Execute(Message, tag="machine.execute"):

@@ -18,6 +18,15 @@ from voidbus.actors.workloads.stream_json import StreamParser
 MCP_CONFIG = "/workspace/.mcp.json"
 GUEST_HOME = "/home/sandbox"
 _PROMPT = "{prompt}"
+_CODEX_MODEL = """\
+model_provider = "voidbus"
+
+[model_providers.voidbus]
+name = "voidbus"
+base_url = {url}
+env_key = "OPENAI_API_KEY"
+wire_api = "responses"
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,9 @@ class AgentKind(ABC):
         """What it reads."""
         return b""
 
-    def files(self, servers: Mapping[str, str]) -> dict[str, bytes]:
-        """Its configuration, by guest path; `servers` are URLs of MCP servers by name."""
+    def files(self, servers: Mapping[str, str], model_url: str | None = None) -> dict[str, bytes]:
+        """Its configuration, by guest path; `servers` are URLs of MCP servers by name, `model_url`
+        is that of its model where that is not its usual one."""
         if not servers:
             return {}
         entries = {name: {"type": "http", "url": url} for name, url in servers.items()}
@@ -65,7 +75,7 @@ class ClaudeCode(AgentKind):
     def stream(self) -> AgentStream:
         return StreamParser()
 
-    def files(self, servers: Mapping[str, str]) -> dict[str, bytes]:
+    def files(self, servers: Mapping[str, str], model_url: str | None = None) -> dict[str, bytes]:
         return {
             # Else its first start asks for a colour scheme.
             f"{GUEST_HOME}/.claude.json": _compact({"hasCompletedOnboarding": True}).encode(),
@@ -90,9 +100,10 @@ class Codex(AgentKind):
     def stream(self) -> AgentStream:
         return CodexEvents()
 
-    def files(self, servers: Mapping[str, str]) -> dict[str, bytes]:
+    def files(self, servers: Mapping[str, str], model_url: str | None = None) -> dict[str, bytes]:
         # A JSON string is a basic string of TOML 1.0 too, where it is ASCII.
-        tables = [
+        tables = [] if model_url is None else [_CODEX_MODEL.format(url=json.dumps(model_url))]
+        tables += [
             f"[mcp_servers.{json.dumps(name)}]\nurl = {json.dumps(url)}\n"
             for name, url in servers.items()
         ]

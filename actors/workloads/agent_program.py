@@ -105,13 +105,14 @@ class AgentProgram:
         self._lines = LineSplitter(limit=1024 * 1024)
         self._capture = Capture()
         self._tools_used = 0
-        self._files = deque(self._all_files())
+        self._files: deque[tuple[str, bytes, str]] = deque()
 
-    def _all_files(self) -> list[tuple[str, bytes, str]]:
+    def _all_files(self, machine: GuestMachine) -> list[tuple[str, bytes, str]]:
         """(path, content, the skill it is of or nothing)."""
         settings = self._settings
         files = [(file.path, file.content, file.skill) for file in settings.skills.files]
-        own = {**settings.launch.files, **settings.launch.kind.files(self._servers.urls)}
+        launch = settings.launch
+        own = {**launch.files, **launch.kind.files(self._servers.urls, machine.model_url)}
         files += [(path, content, "") for path, content in own.items()]
         if self._input is not None:
             files.append((INPUT_FILE, self._input.encode(), ""))
@@ -123,6 +124,7 @@ class AgentProgram:
             for skill, why in self._settings.skills.warnings:
                 message = f"skill {skill}: {why}"
                 self._stage.emit("skill.warning", message, level="warn", payload={"skill": skill})
+        self._files.extend(self._all_files(machine))
         self._write_next(machine)
 
     def _write_next(self, machine: GuestMachine) -> None:
@@ -151,11 +153,13 @@ class AgentProgram:
 
     def _run(self, machine: GuestMachine) -> None:
         settings = self._settings
-        kind, prompt = settings.launch.kind, self._prompt()
+        launch, prompt, url = settings.launch, self._prompt(), machine.model_url
+        kind = launch.kind
+        model = {} if url is None else {launch.url_variable: url}
         command = Command(
             kind.program,
             kind.arguments(prompt, mcp=bool(self._servers.urls)),
-            {**settings.launch.env, **settings.guest_env(machine)},
+            {**launch.env, **model, **settings.guest_env(machine)},
             stdin=kind.stdin(prompt),
             timeout=settings.timeout,
         )
@@ -195,7 +199,15 @@ class AgentProgram:
             )
             self._stage.emit("agent.tools_cut", message, level="warn")
 
+    def _tell_spending(self) -> None:
+        endpoint = self._settings.launch.endpoint
+        totals = endpoint.spending.totals() if endpoint is not None else None
+        if totals is not None and (totals.requests or totals.refused):
+            message = f"the model was asked {totals.requests} times"
+            self._stage.emit("model.used", message, payload=totals._asdict())
+
     def _on_exit(self, end: Exit) -> None:
+        self._tell_spending()
         for line in self._lines.flush():
             self._show(self._stream.feed(line))
         if end.error is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from voidbus.actors.messages.artifacts import StoredArtifact
 from voidbus.actors.messages.runs import RunReport
 from voidbus.actors.workloads.publication import StageOutput
+from voidbus.sidecar.model_endpoint import ModelEndpoint
 from voidbus.spec.run import SandboxSpec
 
 Level = Literal["info", "warn", "error"]
@@ -66,12 +67,13 @@ class Share:
 @dataclass(frozen=True)
 class MachineRequest:
     """A machine a workload wants. `stage` is the one stage it is for, None for all of the run;
-    `messaging`: its programs reach the run's sidecar."""
+    `messaging`: its programs reach the run's sidecar; `model` is what they reach by a gateway."""
 
     sandbox: SandboxSpec
     stage: str | None = None
     shares: tuple[Share, ...] = ()
     messaging: bool = False
+    model: ModelEndpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class GuestMachine(Protocol):
     @property
     def sidecar_url(self) -> str | None:
         """How its programs reach the run's sidecar, where they may."""
+
+    @property
+    def model_url(self) -> str | None:
+        """How its programs reach their model, where there is a gateway to it."""
 
     def server_port(self, index: int) -> int:
         """The port for the guest's server of this number, counted from 0."""

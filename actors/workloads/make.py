@@ -27,6 +27,7 @@ from voidbus.actors.workloads.sandbox import Sandbox
 from voidbus.actors.workloads.service import AgentService
 from voidbus.actors.workloads.skills import plan_skills
 from voidbus.actors.workloads.workflow import STEPS_AT_ONCE, Workflow
+from voidbus.sidecar.model_endpoint import ModelSpending
 from voidbus.spec.environment import resolve_env
 from voidbus.spec.policy import Policy
 from voidbus.spec.run import AgentSpec, BoxSpec, LlmSpec, PipelineSpec, RunSpec, SandboxSpec
@@ -88,6 +89,7 @@ class _Maker:
         self._stage_timeout = policy.stage_timeout_secs if policy is not None else None
         self._at_once = policy.max_parallel_microvms_per_run if policy is not None else None
         self._outputs = OutputCollector(conductor, run_id)
+        self._spending: dict[int, ModelSpending] = {}
 
     def workflow(self) -> Workload:
         spec = self._spec
@@ -121,7 +123,9 @@ class _Maker:
             agent.output_file or DEFAULT_OUTPUT_FILE,
         )
         sandbox = networked(spec.sandbox, settings.launch)
-        machine = MachineRequest(sandbox, stage=spec.name, messaging=messaging)
+        machine = MachineRequest(
+            sandbox, stage=spec.name, messaging=messaging, model=settings.launch.endpoint
+        )
         if agent.mode == "service":
             return AgentService(
                 spec.name,
@@ -166,15 +170,25 @@ class _Maker:
         settings = self._settings(
             box.prompt, sandbox, launch, box.skills, box.timeout_secs, DEFAULT_OUTPUT_FILE
         )
-        request = MachineRequest(networked(sandbox, launch), stage=box.name, shares=tuple(given))
+        request = MachineRequest(
+            networked(sandbox, launch),
+            stage=box.name,
+            shares=tuple(given),
+            model=launch.endpoint,
+        )
         return BoxPlan(settings, request)
 
     def _launch(
         self, llm: LlmSpec | None, sandbox: SandboxSpec, agent: AgentSpec | None = None
     ) -> Launch:
+        # Boxes that have the run's model share what it may be asked.
+        limit = llm.max_requests if llm is not None else None
+        spending = self._spending.setdefault(id(llm), ModelSpending(limit))
         return launch_of(
             llm,
             self._host_env,
+            guest_env=sandbox.env,
+            spending=spending,
             # There is no machine between it and the host.
             gateway="127.0.0.1" if sandbox.mode == "mock" else GATEWAY,
             program=agent.program if agent is not None else None,

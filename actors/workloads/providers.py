@@ -5,8 +5,9 @@ Pure but for the credentials some of them need, which are read from the supervis
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from voidbus.actors.workloads.agent_kinds import (
     ClaudeCode,
     Codex,
 )
+from voidbus.sidecar.model_endpoint import ModelEndpoint, ModelSpending
 from voidbus.spec.run import DEFAULT_PROVIDER, AgentCommand, LlmSpec
 
 CLAUDE_PROGRAM = "claude-code"
@@ -26,6 +28,16 @@ OLLAMA_MODEL = "qwen3-coder:7b"
 GATEWAY = "10.0.2.2"
 _OLLAMA_PORT = 11434
 _LM_STUDIO_PORT = 1234
+_UPSTREAMS = {
+    "claude": "https://api.anthropic.com",
+    "codex": "https://api.openai.com/v1",
+    "ollama": f"http://127.0.0.1:{_OLLAMA_PORT}",
+    "lm-studio": f"http://127.0.0.1:{_LM_STUDIO_PORT}",
+    "custom": f"http://127.0.0.1:{_OLLAMA_PORT}",
+}
+# Where agents look for a key, the first that is set; and for the model's address.
+_KEY_VARIABLES = ("ANTHROPIC_AUTH_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
+_MODEL_VARIABLES = frozenset({*_KEY_VARIABLES, "ANTHROPIC_BASE_URL", "OPENAI_BASE_URL"})
 # A file of credentials is some hundred bytes; more is another file.
 _CREDENTIALS_LIMIT = 1024 * 1024
 
@@ -33,13 +45,16 @@ _CREDENTIALS_LIMIT = 1024 * 1024
 @dataclass(frozen=True)
 class Launch:
     """How an agent is launched. `env` are its provider's variables and `files` its credentials, by
-    guest path; `free`: what it says it cost is nothing; `network`: its model is out of reach
-    without a network card, and `host_port` the port of the host where it listens."""
+    guest path; `free`: what it says it cost is nothing. It reaches its model by a gateway to
+    `endpoint`, whose URL is in `url_variable`; or where there is none and `network` by a network
+    card, and `host_port` is the port of the host where the model listens."""
 
     kind: AgentKind
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     free: bool = False
+    url_variable: str = "ANTHROPIC_BASE_URL"
+    endpoint: ModelEndpoint | None = None
     network: bool = False
     host_port: int | None = None
 
@@ -48,27 +63,62 @@ def launch_of(
     llm: LlmSpec | None,
     host_env: Mapping[str, str],
     *,
+    guest_env: Mapping[str, str] | None = None,
     gateway: str = GATEWAY,
     program: str | None = None,
     command: AgentCommand | None = None,
+    spending: ModelSpending | None = None,
 ) -> Launch:
     """The launch of an agent. `gateway` is the host's address as the guest has it; `program`
-    stands for the provider's own, and `command` for a program of no provider.
+    stands for the provider's own, and `command` for a program of no provider. `guest_env` are the
+    specification's own variables.
 
     Raises ValueError where a key or credentials are missing, naming what is to be there.
     """
-    provider = _Provider(llm or LlmSpec(provider=DEFAULT_PROVIDER), host_env, gateway, program)
-    launch = provider.launch()
-    # A provider that has neither key, address nor credentials for its agent needs no network.
-    network = llm is not None and bool(launch.files or launch.env.keys() - {"HOME"})
+    spec = llm or LlmSpec(provider=DEFAULT_PROVIDER)
+    launch = _Provider(spec, host_env, gateway, program).launch()
     if command is not None:
         # It gets what its provider has for it, and is read as text.
-        launch = Launch(
-            AnyProgram(command.program, command.args), launch.env, launch.files, launch.free
-        )
+        launch = replace(launch, kind=AnyProgram(command.program, command.args))
+    # Who gives the guest a key or an address by hand has said how the model is reached.
+    by_hand = _MODEL_VARIABLES & (guest_env or {}).keys()
+    if not spec.key_in_guest and not by_hand and launch.env.keys() & _MODEL_VARIABLES:
+        return _by_gateway(spec, launch, spending or ModelSpending(spec.max_requests))
+    # A provider that has neither key, address nor credentials for its agent needs no network.
     url = urlsplit(launch.env.get("ANTHROPIC_BASE_URL", ""))
-    port = url.port if url.hostname == GATEWAY else None
-    return Launch(launch.kind, launch.env, launch.files, launch.free, network, port)
+    return replace(
+        launch,
+        network=llm is not None and bool(launch.files or launch.env.keys() - {"HOME"}),
+        host_port=url.port if url.hostname == GATEWAY else None,
+    )
+
+
+def _by_gateway(spec: LlmSpec, launch: Launch, spending: ModelSpending) -> Launch:
+    """The same, with a placeholder in the guest for what the gateway adds."""
+    env = dict(launch.env)
+    env.pop("ANTHROPIC_BASE_URL", None)
+    key_variable = next((name for name in _KEY_VARIABLES if env.get(name)), _KEY_VARIABLES[-1])
+    key = env.get(key_variable, "")
+    token = f"voidbus-{secrets.token_hex(16)}"
+    endpoint = ModelEndpoint(
+        _upstream(spec),
+        token,
+        key,
+        bearer=key_variable in ("ANTHROPIC_AUTH_TOKEN", "OPENAI_API_KEY"),
+        spending=spending,
+    )
+    return replace(launch, env={**env, key_variable: token}, endpoint=endpoint)
+
+
+def _upstream(spec: LlmSpec) -> str:
+    """Where the model listens, as the host has it. Raises ValueError."""
+    url = spec.base_url or _UPSTREAMS[spec.provider]
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        raise ValueError(f"llm.base_url: {url!r} is no http:// or https:// address of a model")
+    if parts.hostname == GATEWAY:
+        parts = parts._replace(netloc=parts.netloc.replace(GATEWAY, "127.0.0.1"))
+    return parts.geturl()
 
 
 class _Provider:
@@ -86,7 +136,7 @@ class _Provider:
                 env = self._base_url(None) | self._key("ANTHROPIC_API_KEY")
                 return Launch(self._claude(), env)
             case "claude-personal":
-                return Launch(self._claude(), self._base_url(None), self._personal())
+                return Launch(self._claude(), {"HOME": GUEST_HOME}, self._personal())
             case "ollama":
                 env = self._base_url(_OLLAMA_PORT)
                 env |= {"ANTHROPIC_API_KEY": "", "ANTHROPIC_AUTH_TOKEN": "ollama"}
@@ -100,7 +150,8 @@ class _Provider:
             case "codex":
                 kind = Codex(self._program or CODEX_PROGRAM)
                 env = {"HOME": GUEST_HOME} | self._key("OPENAI_API_KEY", "OPENAI_API_KEY")
-                return Launch(kind, env, self._codex_login())
+                files = {} if "OPENAI_API_KEY" in env else self._codex_login()
+                return Launch(kind, env, files, url_variable="OPENAI_BASE_URL")
             case other:  # the specification's rules have refused it already
                 raise ValueError(f"llm.provider: unknown provider '{other}'")
 

@@ -349,7 +349,7 @@ def make(spec: dict[str, Any], **given: Any) -> Any:
         "run_id": "r1",
         **given,
     }
-    conductor = FakeConductor()
+    conductor = fields.pop("conductor", None) or FakeConductor()
     workload = make_workload(RunSpec.model_validate(spec), conductor, **fields)
     workload.begin()
     conductor.settle()
@@ -396,13 +396,26 @@ def test_the_policys_stage_timeout_reaches_the_stage() -> None:
     assert conductor.commands["scout"].timeout == 33
 
 
-def test_the_api_key_is_passed_for_claude_and_the_model_for_others() -> None:
-    _, conductor = make(agent_run(), host_env={"ANTHROPIC_API_KEY": "k"})
-    assert conductor.commands["scout"].env["ANTHROPIC_API_KEY"] == "k"
-    llm = {"provider": "ollama", "model": "q"}
-    _, conductor = make(agent_run(llm=llm), host_env={"ANTHROPIC_API_KEY": "k"})
-    assert conductor.commands["scout"].env["ANTHROPIC_API_KEY"] == ""
-    assert conductor.commands["scout"].args[-4:-2] == ("--model", "q")
+def test_an_agent_is_given_a_placeholder_and_the_address_of_its_gateway() -> None:
+    conductor = FakeConductor(patient=True)
+    _, conductor = make(agent_run(), host_env={"ANTHROPIC_API_KEY": "secret"}, conductor=conductor)
+    (opened,) = conductor.machines
+    assert opened.request.model is not None
+    assert opened.request.model.key == "secret"
+    opened.machine.model_url = "http://127.0.0.1:7"
+    opened.on_ready(opened.machine)
+    conductor.settle()
+    env = conductor.commands["scout"].env
+    assert env["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:7"
+    assert env["ANTHROPIC_API_KEY"] == opened.request.model.token
+    opened.request.model.spending.admit()
+    conductor.end("scout", stdout=lines(SYSTEM, RESULT))
+    assert conductor.event("model.used").payload == {
+        "requests": 1,
+        "refused": 0,
+        "input_tokens": 0,
+        "output_tokens": 0,
+    }
 
 
 def test_a_pipeline_and_a_service_have_theirs_too() -> None:

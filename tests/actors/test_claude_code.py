@@ -25,7 +25,7 @@ def claude(model: ScriptedModel, **agent: Any) -> dict[str, Any]:
     return {
         "kind": "agent",
         "name": "scout",
-        "sandbox": {"mode": "mock", "env": {**QUIET, "ANTHROPIC_API_KEY": "none"}},
+        "sandbox": {"mode": "mock", "env": QUIET},
         "llm": {"provider": "claude", "base_url": model.url},
         "agent": {
             "prompt": "Tell your peers what you see, and your leader what to do.",
@@ -39,7 +39,7 @@ def claude(model: ScriptedModel, **agent: Any) -> dict[str, Any]:
 
 def test_claude_code_calls_our_tools_and_its_intents_arrive(house: House) -> None:
     with scripted_model() as model:
-        house.start(claude(model))
+        house.start(claude(model), host_env={"ANTHROPIC_API_KEY": "the-real-key"})
         house.wait_over()
     names = [f"mcp__void-mcp__{tool}" for tool, _ in TOOLS]
     assert set(names) <= model.offered, house.log()
@@ -54,8 +54,13 @@ def test_claude_code_calls_our_tools_and_its_intents_arrive(house: House) -> Non
     assert intents[0].payload == {"summary_text": "the workspace is empty"}
     assert any('"entries"' in result for result in model.results), "its tool answered the inbox"
     assert LAST_WORDS in house.log()
-    _, _, first = model.requests[0]
+    _, headers, first = model.requests[0]
     assert "void-messaging" in json.dumps(first), "its skill is offered to the model"
+    assert headers["x-api-key"] == "the-real-key", "the gateway adds it"
+    (used_model,) = [event for event in house.events() if event.event_type == "model.used"]
+    assert used_model.payload is not None
+    assert used_model.payload["requests"] == len(model.requests)
+    assert used_model.payload["output_tokens"] == USAGE[1] * len(model.requests)
 
 
 def test_what_claude_code_reports_is_the_runs_report(house: House) -> None:
@@ -72,13 +77,24 @@ def test_what_claude_code_reports_is_the_runs_report(house: House) -> None:
     assert "STRUCTURED" in str(state.terminal_reason), state
 
 
+def test_claude_code_ends_when_its_requests_are_used_up(house: House) -> None:
+    with scripted_model() as model:
+        spec = claude(model)
+        spec["llm"]["max_requests"] = 2
+        house.start(spec)
+        state = house.wait_over()
+    assert len(model.requests) == 2
+    assert state.status == RunStatus.FAILED
+    assert "llm.max_requests of this run, 2, is used up" in (state.error or "")
+
+
 def test_a_model_that_cannot_be_reached_is_the_runs_error_in_claude_codes_words(
     house: House,
 ) -> None:
     with scripted_model() as model:
         gone = model
     spec = claude(gone)
-    spec["sandbox"]["env"]["CLAUDE_CODE_MAX_RETRIES"] = "0"
+    spec["sandbox"]["env"] = {**QUIET, "CLAUDE_CODE_MAX_RETRIES": "0"}
     house.start(spec)
     state = house.wait_over()
     assert state.status == RunStatus.FAILED

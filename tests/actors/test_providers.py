@@ -25,7 +25,9 @@ SERVERS = {"void-mcp": "http://127.0.0.1:8222/mcp"}
 HOME = {"HOME": "/home/sandbox"}
 
 
-def launch(provider: str | None = None, host_env: dict[str, str] | None = None, **llm: str) -> Any:
+def launch(provider: str | None = None, host_env: dict[str, str] | None = None, **llm: Any) -> Any:
+    """What is launched where the key may be in the guest; by a gateway is tested below."""
+    llm.setdefault("key_in_guest", True)
     spec = None if provider is None else LlmSpec.model_validate({"provider": provider, **llm})
     return launch_of(spec, host_env or {})
 
@@ -39,9 +41,17 @@ def argv(of: Launch, *, mcp: bool = False) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("provider", [None, "claude", "CLAUDE"])
 def test_claude_is_what_runs_where_nothing_else_is_said(provider: str | None) -> None:
-    made = launch(provider, {"ANTHROPIC_API_KEY": "k"}, **({"model": "m"} if provider else {}))
+    named: dict[str, Any] = {"model": "m"} if provider else {}
+    made = launch(provider, **named)
     assert argv(made) == ("claude-code", *CLAUDE, *SETTINGS), "its own model is not ours to name"
+    assert made.env == HOME
+    assert not made.network, "there is nothing for it to reach"
+
+
+def test_a_key_is_in_the_guest_where_the_specification_says_so() -> None:
+    made = launch("claude", {"ANTHROPIC_API_KEY": "k"})
     assert made.env == {**HOME, "ANTHROPIC_API_KEY": "k"}
+    assert (made.network, made.endpoint) == (True, None)
 
 
 def test_mcp_servers_are_named_to_claude_where_there_are_any() -> None:
@@ -157,6 +167,99 @@ def test_codex_gets_its_sign_in_where_there_is_one(tmp_path: Path) -> None:
     assert made.files == {"/home/sandbox/.codex/auth.json": b"{}"}
 
 
+# -- by the gateway ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("llm", "host_env", "upstream", "key", "bearer", "variable"),
+    [
+        (
+            {"provider": "claude"},
+            {"ANTHROPIC_API_KEY": "secret"},
+            "https://api.anthropic.com",
+            "secret",
+            False,
+            "ANTHROPIC_API_KEY",
+        ),
+        (
+            {"provider": "claude", "base_url": "http://10.0.2.2:9/v2"},
+            {},
+            "http://127.0.0.1:9/v2",
+            "",
+            False,
+            "ANTHROPIC_API_KEY",
+        ),
+        (
+            {"provider": "ollama"},
+            {},
+            "http://127.0.0.1:11434",
+            "ollama",
+            True,
+            "ANTHROPIC_AUTH_TOKEN",
+        ),
+        (
+            {"provider": "lm-studio"},
+            {},
+            "http://127.0.0.1:1234",
+            "lm-studio",
+            False,
+            "ANTHROPIC_API_KEY",
+        ),
+        (
+            {"provider": "custom", "api_key_env": "K", "base_url": "https://m.example"},
+            {"K": "secret"},
+            "https://m.example",
+            "secret",
+            False,
+            "ANTHROPIC_API_KEY",
+        ),
+        (
+            {"provider": "codex"},
+            {"OPENAI_API_KEY": "secret"},
+            "https://api.openai.com/v1",
+            "secret",
+            True,
+            "OPENAI_API_KEY",
+        ),
+    ],
+    ids=lambda value: value.get("provider") if isinstance(value, dict) and value else None,
+)
+def test_a_guest_has_a_placeholder_and_the_gateway_the_key(
+    llm: dict[str, Any],
+    host_env: dict[str, str],
+    upstream: str,
+    key: str,
+    bearer: bool,
+    variable: str,
+) -> None:
+    made = launch_of(LlmSpec.model_validate(llm), host_env)
+    assert made.endpoint is not None
+    assert made.endpoint.base_url == upstream
+    assert (made.endpoint.key, made.endpoint.bearer) == (key, bearer)
+    assert made.env[variable] == made.endpoint.token
+    assert "secret" not in str(made.env)
+    assert "secret" not in repr(made)
+    assert "ANTHROPIC_BASE_URL" not in made.env, "it is known once the machine is up"
+    assert (made.network, made.files) == (False, {})
+
+
+def test_who_gives_the_guest_a_key_by_hand_has_no_gateway() -> None:
+    guest_env = {"ANTHROPIC_API_KEY": "own"}
+    assert launch_of(None, {"ANTHROPIC_API_KEY": "k"}, guest_env=guest_env).endpoint is None
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'models\.example' is no http"):
+        launch_of(LlmSpec(provider="custom", base_url="models.example"), {})
+
+
+def test_codex_is_told_of_the_gateway_in_its_configuration() -> None:
+    config = launch("codex").kind.files({}, "http://127.0.0.1:5")
+    parsed = tomllib.loads(config["/home/sandbox/.codex/config.toml"].decode())
+    assert parsed["model_provider"] == "voidbus"
+    assert parsed["model_providers"]["voidbus"]["base_url"] == "http://127.0.0.1:5"
+
+
 # -- any program -------------------------------------------------------------------------------
 
 
@@ -215,7 +318,7 @@ def test_a_free_model_costs_nothing_whatever_the_agent_says() -> None:
     spec = {
         "kind": "agent",
         "name": "scout",
-        "llm": {"provider": "ollama"},
+        "llm": {"provider": "ollama", "key_in_guest": True},
         "agent": {"prompt": "x"},
     }
     workload = make_workload(
@@ -249,6 +352,28 @@ def problems(agent: str, llm: str = "{provider: claude}") -> str:
 def test_an_unknown_provider_is_refused_with_the_list() -> None:
     told = problems("{prompt: x}", "{provider: gemini}")
     assert "allowed claude, claude-personal, ollama, lm-studio, custom, codex" in told
+
+
+@pytest.mark.parametrize(
+    ("llm", "says"),
+    [
+        (
+            "{provider: claude, key_in_guest: true, credential_proxy: true}",
+            "llm.key_in_guest and llm.credential_proxy are mutually exclusive",
+        ),
+        (
+            "{provider: claude, key_in_guest: true, max_requests: 3}",
+            "llm.max_requests can't be enforced with key_in_guest",
+        ),
+        (
+            "{provider: claude-personal, max_requests: 3}",
+            "llm.max_requests can't be enforced with provider claude-personal",
+        ),
+        ("{provider: claude, max_requests: 0}", "llm.max_requests"),
+    ],
+)
+def test_what_the_gateway_can_not_do_is_refused(llm: str, says: str) -> None:
+    assert says in problems("{prompt: x}", llm)
 
 
 def test_a_program_and_a_command_exclude_each_other() -> None:

@@ -233,6 +233,7 @@ def test_every_counter_is_documented_and_no_other() -> None:
         (ROOT / "docs/http-api.md", "Limits"),
         (ROOT / "docs/agents.md", "Limits"),
         (ROOT / "docs/agents.md", "Bounds"),
+        (ROOT / "docs/agents.md", "Bounds of the gateway"),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else value,
 )

@@ -200,6 +200,7 @@ class FakeMachine:
         self._conductor = conductor
         self._number = number
         self.sidecar_url: str | None = None
+        self.model_url: str | None = None
         self.watches: dict[str, Callable[[], None]] = {}
         self.watch_error: str | None = None
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,6 +104,7 @@ class House:
         sidecar: type[SidecarActor] = SidecarActor,
         input_text: str | None = None,
         grace: float = 10.0,
+        host_env: Mapping[str, str] | None = None,
         **fields: Any,
     ) -> None:
         """Start the run's actors, as its process does."""
@@ -138,6 +139,7 @@ class House:
                 reason="the test says so",
                 artifacts=self.artifacts,
                 stage=request.stage,
+                model=request.model,
             )
 
         self.run = self.system.start(
@@ -153,7 +155,7 @@ class House:
                 run_spec,
                 conductor,
                 run_id=RUN_ID,
-                host_env={},
+                host_env=host_env or {},
                 input_text=input_text,
                 policy=policy_of_run,
             ),
