@@ -70,9 +70,15 @@ def _has_name_server() -> bool:
 
 
 def _has_claude() -> bool:
-    from claude_code import claude_program
+    from npm_agents import claude_program
 
     return claude_program() is not None
+
+
+def _has_codex() -> bool:
+    from npm_agents import codex_program
+
+    return codex_program() is not None
 
 
 CAPABILITIES: dict[str, Callable[[], bool]] = {
@@ -88,6 +94,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "cpio": lambda: shutil.which("cpio") is not None,
     "nameserver": _has_name_server,
     "claude": _has_claude,
+    "codex": _has_codex,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
 }
 

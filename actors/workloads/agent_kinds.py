@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from voidbus.actors.workloads.agent_stream import AgentStream
 from voidbus.actors.workloads.codex_events import CodexEvents
@@ -32,6 +33,9 @@ wire_api = "responses"
 @dataclass(frozen=True)
 class AgentKind(ABC):
     """A program of one kind; `program` is its name on the guest's PATH, or its path."""
+
+    skills_folder: ClassVar[str | None] = None
+    """Where it looks for skills, if not where all of them are."""
 
     program: str
 
@@ -87,6 +91,8 @@ class ClaudeCode(AgentKind):
 @dataclass(frozen=True)
 class Codex(AgentKind):
     """Codex, without questions and without a sandbox of its own."""
+
+    skills_folder: ClassVar[str | None] = "/workspace/.agents/skills"
 
     def arguments(self, prompt: str, *, mcp: bool) -> tuple[str, ...]:
         return (

@@ -112,6 +112,9 @@ class AgentProgram:
         settings = self._settings
         files = [(file.path, file.content, file.skill) for file in settings.skills.files]
         launch = settings.launch
+        folder = launch.kind.skills_folder
+        own_way = settings.skills.in_folders if folder is not None else ()
+        files += [(f"{folder}/{file.inside}", file.content, file.skill) for file in own_way]
         own = {**launch.files, **launch.kind.files(self._servers.urls, machine.model_url)}
         files += [(path, content, "") for path, content in own.items()]
         if self._input is not None:

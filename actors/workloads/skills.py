@@ -21,6 +21,11 @@ class SkillFile:
     content: bytes = field(repr=False)
     skill: str
 
+    @property
+    def inside(self) -> str:
+        """Its path below the folder of all skills."""
+        return self.path.removeprefix(f"{SKILLS_FOLDER}/")
+
 
 @dataclass(frozen=True)
 class McpServer:
@@ -39,6 +44,11 @@ class SkillPlan:
     files: tuple[SkillFile, ...] = ()
     servers: tuple[McpServer, ...] = ()
     warnings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def in_folders(self) -> tuple[SkillFile, ...]:
+        """The skills as agents other than Claude Code look for them, too."""
+        return tuple(file for file in self.files if file.path.endswith("/SKILL.md"))
 
 
 NO_SKILLS = SkillPlan()

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 import pytest
-from claude_code import claude_program
+from npm_agents import claude_program
 from run_kit import House
 from scripted_model import LAST_WORDS, TOOLS, USAGE, ScriptedModel, scripted_model
 

@@ -101,6 +101,11 @@ def test_a_remote_skill_is_a_placeholder_and_a_warning(value: str, file: str, wh
     assert where in warning.message
 
 
+def test_codex_finds_skills_where_it_looks() -> None:
+    conductor = run([{"name": "notes", "content": "x"}], llm={"provider": "codex"})
+    assert conductor.written["/workspace/.agents/skills/notes/SKILL.md"] == b"x"
+
+
 def test_an_image_is_not_mounted_and_that_is_told() -> None:
     conductor = run([{"image": "tools:1", "mount": "/tools"}])
     assert "not mounted" in conductor.event("skill.warning").message

@@ -1,4 +1,7 @@
-"""A model that follows a script: the Messages endpoint of an API, without a model and a key."""
+"""A model that follows a script, without a model and a key: endpoints of two APIs.
+
+`/v1/messages` is Anthropic's, for Claude Code; `/responses` is OpenAI's, for Codex.
+"""
 
 from __future__ import annotations
 
@@ -80,16 +83,23 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers.get("content-length", 0)))
         body = json.loads(data or b"{}")
         path = self.path.partition("?")[0]
+        if path == "/responses":
+            self._ask(path, body)
+            self._answer(_stream(_responses(body)), "text/event-stream")
+            return
         if path != "/v1/messages":
             self._answer(b'{"input_tokens": 1}', "application/json")
             return
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.models[self.server.server_address[1]].requests.append((path, headers, body))  # type: ignore[index]
+        self._ask(path, body)
         message = _message(body)
         if body.get("stream"):
             self._answer(_events(message), "text/event-stream")
         else:
             self._answer(json.dumps(message).encode(), "application/json")
+
+    def _ask(self, path: str, body: dict[str, Any]) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.models[self.server.server_address[1]].requests.append((path, headers, body))  # type: ignore[index]
 
     def _answer(self, body: bytes, kind: str) -> None:
         self.send_response(200)
@@ -156,6 +166,41 @@ def _events(message: dict[str, Any]) -> bytes:
         {"type": "message_delta", "delta": ended, "usage": {"output_tokens": USAGE[1]}},
         {"type": "message_stop"},
     ]
+    return _stream(events)
+
+
+def _responses(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The script for Codex, which has its tools called by a program in its own sandbox."""
+    items = body.get("input") or []
+    if any(item.get("type") == "custom_tool_call_output" for item in items):
+        words = [{"type": "output_text", "text": LAST_WORDS}]
+        item = {"type": "message", "role": "assistant", "id": "m1", "content": words}
+    else:
+        calls = (
+            f"text(await tools.mcp__void_mcp__{t}({json.dumps(given)}));" for t, given in TOOLS
+        )
+        item = {
+            "type": "custom_tool_call",
+            "id": "t1",
+            "call_id": "c1",
+            "name": "exec",
+            "input": "\n".join(calls),
+        }
+    usage = {
+        "input_tokens": USAGE[0],
+        "input_tokens_details": None,
+        "output_tokens": USAGE[1],
+        "output_tokens_details": None,
+        "total_tokens": sum(USAGE),
+    }
+    return [
+        {"type": "response.created", "response": {"id": "r1"}},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed", "response": {"id": "r1", "usage": usage}},
+    ]
+
+
+def _stream(events: list[dict[str, Any]]) -> bytes:
     texts = (f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events)
     return "".join(texts).encode()
 
