@@ -72,6 +72,7 @@ class FleetMachine:
     sidecar_url: str | None = None
     model_url: str | None = None
     watches: dict[str, Callable[[], None]] = field(default_factory=dict)
+    ports: set[int] = field(default_factory=set)
 
     def execute(
         self,
@@ -87,8 +88,12 @@ class FleetMachine:
         """As the protocol numbers them; a machine that has the host's network gets a free one."""
         if self.isolated:
             return FIRST_SERVER_PORT + index
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            return int(free.getsockname()[1])
+        while True:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = int(free.getsockname()[1])
+            if port not in self.ports:
+                self.ports.add(port)
+                return port
 
     def write_file(self, path: str, content: bytes, then: Callable[[str | None], None]) -> None:
         def written(outcome: Message) -> None:
