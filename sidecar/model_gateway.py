@@ -63,6 +63,8 @@ _NOT_RETURNED = frozenset(
 )
 
 _http_log = logging.getLogger("voidbus.sidecar.http")
+# aiohttp logs a traceback for every malformed request, which would let a guest fill our log.
+_http_log.setLevel(logging.CRITICAL + 1)
 
 
 class GatewayError(Exception):

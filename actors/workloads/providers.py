@@ -82,7 +82,8 @@ def launch_of(
         launch = replace(launch, kind=AnyProgram(command.program, command.args))
     # Who gives the guest a key or an address by hand has said how the model is reached.
     by_hand = _MODEL_VARIABLES & (guest_env or {}).keys()
-    if not spec.key_in_guest and not by_hand and launch.env.keys() & _MODEL_VARIABLES:
+    reaches = launch.env.keys() & _MODEL_VARIABLES or (spec.base_url and not launch.files)
+    if not spec.key_in_guest and not by_hand and reaches:
         return _by_gateway(spec, launch, spending or ModelSpending(spec.max_requests))
     # A provider that has neither key, address nor credentials for its agent needs no network.
     url = urlsplit(launch.env.get("ANTHROPIC_BASE_URL", ""))
@@ -97,7 +98,8 @@ def _by_gateway(spec: LlmSpec, launch: Launch, spending: ModelSpending) -> Launc
     """The same, with a placeholder in the guest for what the gateway adds."""
     env = dict(launch.env)
     env.pop("ANTHROPIC_BASE_URL", None)
-    key_variable = next((name for name in _KEY_VARIABLES if env.get(name)), _KEY_VARIABLES[-1])
+    usual = launch.url_variable.replace("BASE_URL", "API_KEY")
+    key_variable = next((name for name in _KEY_VARIABLES if env.get(name)), usual)
     key = env.get(key_variable, "")
     token = f"voidbus-{secrets.token_hex(16)}"
     endpoint = ModelEndpoint(
@@ -150,7 +152,9 @@ class _Provider:
             case "codex":
                 kind = Codex(self._program or CODEX_PROGRAM)
                 env = {"HOME": GUEST_HOME} | self._key("OPENAI_API_KEY", "OPENAI_API_KEY")
-                files = {} if "OPENAI_API_KEY" in env else self._codex_login()
+                # Neither a key nor another's model wants it.
+                signs_in = "OPENAI_API_KEY" not in env and not self._llm.base_url
+                files = self._codex_login() if signs_in else {}
                 return Launch(kind, env, files, url_variable="OPENAI_BASE_URL")
             case other:  # the specification's rules have refused it already
                 raise ValueError(f"llm.provider: unknown provider '{other}'")

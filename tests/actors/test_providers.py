@@ -214,6 +214,14 @@ def test_codex_gets_its_sign_in_where_there_is_one(tmp_path: Path) -> None:
             "ANTHROPIC_API_KEY",
         ),
         (
+            {"provider": "codex", "base_url": "http://10.0.2.2:8/v1"},
+            {},
+            "http://127.0.0.1:8/v1",
+            "",
+            True,
+            "OPENAI_API_KEY",
+        ),
+        (
             {"provider": "codex"},
             {"OPENAI_API_KEY": "secret"},
             "https://api.openai.com/v1",

@@ -261,6 +261,33 @@ def test_a_request_that_is_too_large_or_of_no_length_is_refused(
         assert ask(body=None, transfer_encoding="chunked")[0] == 411
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\xff\r\n\r\n",
+        b"POST /v1/messages HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /%%zz#?\\ HTTP/1.1\r\nHost: x\r\nx-api-key: %s\r\nContent-Length: 0\r\n\r\n"
+        % TOKEN.encode(),
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_bytes_that_are_no_request_leave_the_gateway_well(
+    tmp_path: Path, upstream: Upstream, data: bytes
+) -> None:
+    with running(tmp_path, upstream.url) as ask:
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.settimeout(PATIENCE)
+            raw.connect(str(tmp_path / "model"))
+            raw.sendall(data)
+            raw.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while raw.recv(65536):
+                    pass
+        assert ask()[0] == 200
+    assert all(path.startswith("/base/") for _, path, _, _ in upstream.asked)
+
+
 def test_a_model_that_is_not_there_is_a_502_without_the_key(tmp_path: Path) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
