@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -102,6 +103,15 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
 @cache
 def has(capability: str) -> bool:
     return CAPABILITIES[capability]()
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, which shells have background jobs ignore: what tests start would inherit that.
+
+    Without it `scripts/test &` in a script fails every test that interrupts a command.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
