@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 
 from voidbus.gateway.api import Api
 from voidbus.gateway.problems import Code, Problem
@@ -190,6 +190,8 @@ class _Desk:
         return response
 
     def _find(self, request: web.BaseRequest) -> tuple[Route, dict[str, str]] | None:
+        if request.version < HttpVersion10:  # aiohttp serves HTTP/0.9, which has no headers
+            raise Problem(Code.INVALID_PARAMS, "this is no HTTP request: send HTTP/1.1")
         self._check_token(request)
         path = request.raw_path.partition("?")[0]
         if not path.startswith("/"):  # as a proxy is asked: with the whole URL
