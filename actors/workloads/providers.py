@@ -195,10 +195,17 @@ class _Provider:
 
     def _codex_login(self) -> dict[str, bytes]:
         """Codex's own sign-in, where there is one; a key does as well."""
+        path = self._home() / ".codex/auth.json"
         try:
-            return {f"{GUEST_HOME}/.codex/auth.json": _read(self._home() / ".codex/auth.json")}
-        except OSError:
+            content = _read(path)
+        except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise ValueError(
+                f"llm.provider codex: {path} can't be read ({error.strerror}); let the "
+                "supervisor's user read it, or set OPENAI_API_KEY where the supervisor is started"
+            ) from error
+        return {f"{GUEST_HOME}/.codex/auth.json": content}
 
     def _home(self) -> Path:
         return Path(self._host_env.get("HOME") or Path("~").expanduser())

@@ -167,6 +167,14 @@ def test_codex_gets_its_sign_in_where_there_is_one(tmp_path: Path) -> None:
     assert made.files == {"/home/sandbox/.codex/auth.json": b"{}"}
 
 
+def test_a_codex_sign_in_that_cannot_be_read_is_an_error_that_names_the_file(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".codex/auth.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{tmp_path}/.codex/auth.json can't be read"):
+        launch("codex", {"HOME": str(tmp_path)})
+
+
 # -- by the gateway ----------------------------------------------------------------------------
 
 
