@@ -25,17 +25,10 @@ from mcp_kit import (
     stdio_mcp,
     stuck_sidecar,
 )
-from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
+from sidecar_kit import RunningSidecar, entry
 
 import voidbus.mcp.http_server as server_module
 from voidbus.mcp.sessions import MAX_SESSIONS, MAX_UNTOLD, Outbox
-
-
-@pytest.fixture
-def sidecar() -> Iterator[RunningSidecar]:
-    with running_sidecar() as running:
-        running.server.load_inbox(inbox("a", version=3))
-        yield running
 
 
 @pytest.fixture

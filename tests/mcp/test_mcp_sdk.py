@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from mcp_kit import INBOX, PROGRAM, STATELESS, VERSIONS, http_mcp, stuck_sidecar
 from mcp_sdk import SDK_VERSIONS, Sdk, SdkClient, sdk
-from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
+from sidecar_kit import RunningSidecar, entry
 
 # The first of these tests makes the SDK's environment.
 pytestmark = [pytest.mark.needs("mcp-sdk"), pytest.mark.timeout(400)]
@@ -49,13 +49,6 @@ def connect(request: pytest.FixtureRequest, process: Sdk) -> Connect:
             yield client
 
     return on_stdio if request.param == "stdio" else on_http
-
-
-@pytest.fixture
-def sidecar() -> Iterator[RunningSidecar]:
-    with running_sidecar() as running:
-        running.server.load_inbox(inbox("a", version=3))
-        yield running
 
 
 _each = [(NEWEST, version) for version in (*VERSIONS, STATELESS)]

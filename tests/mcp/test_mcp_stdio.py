@@ -13,16 +13,9 @@ from pathlib import Path
 
 import pytest
 from mcp_kit import INBOX, StdioMcp, call, folder_of_the_program, message, stdio_mcp, stuck_sidecar
-from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
+from sidecar_kit import RunningSidecar, entry, running_sidecar
 
 NOWHERE = "http://127.0.0.1:1"
-
-
-@pytest.fixture
-def sidecar() -> Iterator[RunningSidecar]:
-    with running_sidecar() as running:
-        running.server.load_inbox(inbox("a", version=3))
-        yield running
 
 
 @pytest.fixture
