@@ -2,7 +2,8 @@
 
 Linux fills its receive queue, and so takes what waits there, a moment before it can answer: a
 reply made in between is dropped (6.1, net/vmw_vsock/virtio_transport.c: `virtio_vsock_probe` sets
-`the_virtio_vsock` last; mended by "vsock/virtio: initialize the_virtio_vsock before using VQs").
+`the_virtio_vsock` last; mended in October 2023 by 53b08c498515, "vsock/virtio: initialize
+the_virtio_vsock before using VQs", and in stable releases since).
 So what was asked before the guest has ever said anything is asked again until it is answered. To
 Linux that has taken it the repeat means nothing; another guest may answer twice.
 """
