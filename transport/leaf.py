@@ -211,9 +211,14 @@ class Leaf(Node):
             self.counters["unexpected_kind"] += 1
 
     def _read_events(self) -> None:
-        """Take what the monitor has told of the connection."""
+        """Take what has been told of the connection: by the monitor, or by the hub's goodbye.
+
+        inproc has no monitor; what waits there with a goodbye is taken too.
+        """
         while self._monitor is not None and readable(self._monitor):
             self._take_event(receive_frames(self._monitor))
+        while self._is_inproc and self._dealer is not None and readable(self._dealer):
+            self.take_frames(self._dealer, receive_frames(self._dealer))
 
     def _take_event(self, frames: list[bytes]) -> None:
         # zmq_socket_monitor(3): the event in 16 bits and its value in 32, in native order. Reading
@@ -296,7 +301,7 @@ class Leaf(Node):
         try:
             self._loop.send(self._dealer, envelope.frames())
         except zmq.Again:
-            # Full, or without a connection: then its end has been told to the monitor already.
+            # Full, or without a connection: then its end has been told already.
             was_up = self._up
             self._read_events()
             if was_up and not self._up:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from voidbus.transport.delivery import Ask
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Right
+from voidbus.transport.topics import Publication
 
 _PEER = """
 import signal, sys
@@ -131,6 +133,21 @@ def test_a_leaf_joins_again_when_the_hub_is_started_again(bus: Bus) -> None:
     bus.start_hub().attach("echo", Echo())
     link.wait(lambda seen: seen == [True, False, True])
     assert leaf.ask("hub/echo", Look(text="x"), timeout=5).result() == Answer(text="x")
+
+
+def test_a_hub_that_ends_before_its_goodbye_is_read_is_lost_and_not_full(bus: Bus) -> None:
+    link = Signal()
+    leaf = bus.leaf("client-a", on_link=link)
+
+    def end_hub(_: Publication) -> None:
+        """Called while the leaf sends, which reads nothing meanwhile."""
+        bus.hub.close()
+        threading.Event().wait(0.005)  # a send may overlook it for 1 ms: libzmq's max_command_delay
+
+    leaf.subscribe("client-a/", end_hub).wait_ready(5)
+    leaf.publish("client-a/x", Look())
+    link.wait(lambda seen: seen == [True, False])
+    assert leaf.counters["link_full"] == 0
 
 
 def test_closed_nodes_leave_no_thread_and_no_descriptor(tmp_path: Path) -> None:
