@@ -281,6 +281,7 @@ def test_an_unknown_frame_type_is_skipped_by_the_guest(host: RawHost) -> None:
         encode_frame(MessageType.PING, b""),
         HEADER.pack(1_000_000, MessageType.PING),
     ],
+    ids=["request", "wrong secret", "no version", "nothing", "endless frame"],
 )
 def test_a_peer_that_does_not_authenticate_gets_a_closed_connection(
     host: RawHost, first: bytes
