@@ -5,6 +5,7 @@ from __future__ import annotations
 from voidbus.gateway.bus import Bus
 from voidbus.gateway.feed import Feeds
 from voidbus.gateway.metrics import Metrics
+from voidbus.gateway.patience import Patience
 from voidbus.transport.node import Node
 
 GATEWAY_PATH = "gateway"
@@ -13,11 +14,12 @@ GATEWAY_PATH = "gateway"
 class Api:
     """The bus, the events as they come, and what is counted. Lives in one event loop."""
 
-    def __init__(self, node: Node, release: str) -> None:
+    def __init__(self, node: Node, release: str, patience: Patience) -> None:
         self.bus = Bus(node, GATEWAY_PATH)
         self.feeds = Feeds(self.bus)
         self.metrics = Metrics(release)
         self.release = release
+        self.patience = patience
 
     def close(self) -> None:
         """End what goes on by itself: followers."""

@@ -23,9 +23,6 @@ B = TypeVar("B", bound=BaseModel)
 MAX_BODY = 4 * 1024 * 1024
 """Bytes of a request's body, at most."""
 
-BODY_SECONDS = 30.0
-"""How long a body may take to arrive."""
-
 
 @dataclass(frozen=True)
 class Call:
@@ -56,12 +53,13 @@ class Call:
     async def body(self) -> bytes:
         """The whole body. Raises Problem where it takes too long, and aiohttp's own exception
         where it is too large."""
+        seconds = self.api.patience.body
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(seconds):
                 return await self.request.read()
         except TimeoutError:
             raise Problem(
-                Code.INVALID_PARAMS, f"the body was not here within {BODY_SECONDS:g} s", 408
+                Code.INVALID_PARAMS, f"the body was not here within {seconds:g} s", 408
             ) from None
 
     async def json(self, code: Code) -> Any:

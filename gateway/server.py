@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import HttpVersion10, web
 
 from voidbus.gateway.api import Api
+from voidbus.gateway.patience import Patience
 from voidbus.gateway.problems import Code, Problem
 from voidbus.gateway.router import MAX_BODY, Call, Route, Router
 from voidbus.gateway.routes import ROUTES
@@ -33,12 +34,6 @@ _START_SECONDS = 5.0
 _GOODBYE = 1.0
 MAX_CONNECTIONS = 1024
 """Connections open at once, on all addresses together."""
-
-IDLE_SECONDS = 75.0
-"""How long a connection may be without a request under way: before the first, and between two."""
-
-STALLED_SECONDS = 60.0
-"""How long a client may read nothing of an answer that waits for it."""
 
 # Of a header: a line, and their number.
 _MAX_LINE = 16 * 1024
@@ -61,8 +56,15 @@ class Door:
 class Server:
     """The API on some listening sockets, which stay its owner's."""
 
-    def __init__(self, node: Node, doors: Sequence[Door], release: str) -> None:
+    def __init__(
+        self,
+        node: Node,
+        doors: Sequence[Door],
+        release: str,
+        patience: Patience = Patience(),  # noqa: B008 - it is frozen
+    ) -> None:
         self._node = node
+        self._patience = patience
         self._doors = doors
         self._release = release
         self._thread: threading.Thread | None = None
@@ -108,7 +110,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         if self._stopping:
             return
-        api = Api(self._node, self._release)
+        api = Api(self._node, self._release, self._patience)
         desk = _Desk(api, {door.listener.getsockname(): door.token for door in self._doors})
         http = _HttpServer(
             desk,
@@ -124,7 +126,10 @@ class Server:
             handler_cancellation=True,
         )
         connections = desk.connections = Connections(
-            http, limit=MAX_CONNECTIONS, deadline=IDLE_SECONDS, stalled=STALLED_SECONDS
+            http,
+            limit=MAX_CONNECTIONS,
+            deadline=self._patience.idle,
+            stalled=self._patience.stalled,
         )
         for door in self._doors:
             connections.listen(door.listener, door.tls)
@@ -185,7 +190,7 @@ class _Desk:
             log.exception("%s %s failed", request.method, request.path[:200])
             response = _failed().response()
         finally:
-            self.connections.cut_in(transport, IDLE_SECONDS)
+            self.connections.cut_in(transport, self._api.patience.idle)
         self._api.metrics.served(route, response.status, time.monotonic() - began)
         return response
 

@@ -32,6 +32,7 @@ class OutputCollector:
         self._conductor = conductor
         self._run_id = run_id
         self._left = bytes_limit
+        self._counted: set[str] = set()  # digests: content that comes again takes no more room
         self._listed: dict[tuple[str, str], str] = {}  # the digest kept under a stage and a name
 
     def collect(
@@ -54,13 +55,18 @@ class OutputCollector:
             if not isinstance(outcome, KeptFile) or not outcome.size_bytes:  # empty is no output
                 then(StageOutput(stage, None, OutputFault.MISSING), None)
                 return
-            self._left -= outcome.size_bytes
+            self._count(outcome)
             stored = self._list(stages, "", outcome.media_type, outcome)
             fault, named = read_structured(outcome.content)
             gathering = _Gathering(stage, stages, stored, fault, deque(self._askable(stage, named)))
             self._gather(machine, gathering, lambda output: then(output, outcome))
 
         machine.keep_file(path, self._left, kept)
+
+    def _count(self, file: KeptFile) -> None:
+        if file.digest not in self._counted:
+            self._counted.add(file.digest)
+            self._left -= file.size_bytes
 
     def _askable(self, stage: str, named: list[NamedArtifact]) -> list[NamedArtifact]:
         """The files that can be kept under their names; the others are told of."""
@@ -91,7 +97,7 @@ class OutputCollector:
                 why = outcome if isinstance(outcome, str) else f"there is no {named.path}"
                 self._refused(gathering.stage, named.name, why)
             else:
-                self._left -= file.size_bytes
+                self._count(file)
                 self._list(gathering.stages, named.name, named.media_type, file)
             gathering.entries.append(
                 ManifestEntry(

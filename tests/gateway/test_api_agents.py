@@ -91,6 +91,20 @@ def test_an_agent_is_tried_again_and_what_all_attempts_cost_is_added(
     assert twice["report"]["input_tokens"] == 2 * once["report"]["input_tokens"]
 
 
+def test_a_service_is_not_tried_again(unix: HttpClient, tmp_path: Path) -> None:
+    spec = write_spec(
+        tmp_path,
+        "agent",
+        sandbox={"mode": "mock", "env": {"CLAUDIO_TURNS": "1", "CLAUDIO_FAIL": "no"}},
+        llm={"provider": "claude"},
+        agent={"prompt": "do it", "mode": "service", "output_file": "/workspace/out.json"},
+    )
+    once = unix.finish(spec, policy={"max_stage_retries": 0})
+    run = unix.finish(spec, policy={"max_stage_retries": 3})
+    assert (run["status"], run["terminal_reason"]) == ("failed", "service exited with error")
+    assert run["report"]["input_tokens"] == once["report"]["input_tokens"] > 0
+
+
 def test_interactive_is_an_ordinary_task(unix: HttpClient, tmp_path: Path) -> None:
     spec = write_spec(
         tmp_path,

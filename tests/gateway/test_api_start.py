@@ -314,3 +314,19 @@ def test_yaml_is_told_from_json_by_the_name_and_keys_nobody_knows_are_ignored(
     )
     assert unix.finish(json_file)["status"] == "succeeded"
     assert unix.finish(yaml_file)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("asked", ["by the request", "by the specification"])
+def test_a_snapshot_is_passed_over_with_a_warning(
+    unix: HttpClient, tmp_path: Path, asked: str
+) -> None:
+    sandbox = {"mode": "mock"}
+    if asked == "by the specification":
+        sandbox["snapshot"] = "abc"
+    spec = workflow(tmp_path, step("a", "true"), sandbox=sandbox)
+    more = {"snapshot": "abc"} if asked == "by the request" else {}
+    run = unix.finish(spec, **more)
+    assert run["status"] == "succeeded"
+    (warning,) = [e for e in run["events"] if "no snapshots" in e["message"]]
+    assert warning["level"] == "warn"
+    assert "boots cold" in warning["message"]
