@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_kit import ApiHouse, api_house, step, structured, workflow, write_spec
+from guest_vm import eventually
 from http_kit import HttpClient
 from vm_kit import qemus_of
 
 BOOT = 120.0
+# Of waiting for a guest's first sample, which comes a second after it is asked for.
+_SAMPLED = 30.0
 SANDBOX = {"mode": "qemu", "memory_mb": 512}
 
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
@@ -83,3 +87,47 @@ def test_a_cancel_ends_the_machine_before_it_is_answered(
     assert answer.json["state"] == "cancelled"
     assert qemus_of(house.supervisor) == []
     assert unix.run(run_id)["active_microvm_count"] == 0
+
+
+def test_a_service_publishes_while_its_machine_is_sampled_and_a_cancel_ends_it(
+    house: ApiHouse, unix: HttpClient, tmp_path: Path
+) -> None:
+    serve = {"CLAUDIO_TURNS": "100000", "CLAUDIO_DELAY_MS": "500", "CLAUDIO_SERVE": "1"}
+    spec = write_spec(
+        tmp_path,
+        "agent",
+        name="desk",
+        sandbox={**SANDBOX, "env": serve},
+        llm={"provider": "claude"},
+        agent={"prompt": "serve", "mode": "service", "output_file": "/workspace/report.json"},
+    )
+    run_id = unix.start(spec)
+    unix.wait_type(run_id, "run.output_ready", patience=BOOT)
+    run = unix.run(run_id)
+    assert (run["status"], run["output_ready"]) == ("running", True)
+    assert run["artifact_publication"]["status"] == "published"
+    (entry,) = run["artifact_publication"]["manifest"]
+    first = unix.get(entry["retrieval_path"]).json
+    assert first["status"] == "serving"
+    unix.wait_type(run_id, "run.output_updated", patience=BOOT)
+    assert unix.get(entry["retrieval_path"]).json["turn"] > first["turn"]
+    # Its program occupies the guest all the while.
+    assert first_guest_sample(unix, run_id)["memory_total_bytes"] > 256 * 1024 * 1024
+    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"reason": "seen enough"})
+    assert answer.json["state"] == "cancelled"
+    assert qemus_of(house.supervisor) == []
+    run = unix.run(run_id)
+    assert (run["status"], run["terminal_reason"]) == ("cancelled", "seen enough")
+    assert unix.get(entry["retrieval_path"]).json["status"] == "serving", "it is still there"
+
+
+def first_guest_sample(api: HttpClient, run_id: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
+
+    def sampled() -> bool:
+        samples = api.get(f"/v1/runs/{run_id}/telemetry").json["samples"]
+        found.extend(sample["guest"] for sample in samples if "guest" in sample)
+        return bool(found)
+
+    assert eventually(sampled, _SAMPLED)
+    return found[0]
