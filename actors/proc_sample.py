@@ -31,6 +31,9 @@ class ProcessSampler:
             raise ProcessGoneError(f"process {self.identity} is gone") from None
         if parse_stat(stat).identity != self.identity:
             raise ProcessGoneError(f"process {self.identity} is gone; its pid was given away")
+        resident = int(statm.split()[1])
+        if not resident:  # it has ended, and nobody has waited for it yet
+            raise ProcessGoneError(f"process {self.identity} has ended")
         # Fields 14 and 15, counted after the name, which may hold spaces and parentheses.
         fields = stat.rpartition(b")")[2].split()
         ticks = int(fields[11]) + int(fields[12])
@@ -40,7 +43,7 @@ class ProcessSampler:
         self._cpu_ticks, self._at = ticks, now
         read, written = _disk_traffic(folder)
         return HostSample(
-            rss_bytes=int(statm.split()[1]) * _PAGE,
+            rss_bytes=resident * _PAGE,
             cpu_percent=round(max(0.0, percent), 2),
             io_read_bytes=read,
             io_write_bytes=written,

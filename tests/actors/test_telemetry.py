@@ -256,6 +256,16 @@ def test_a_recycled_pid_is_not_sampled() -> None:
         ProcessSampler(ProcessIdentity(me.pid, me.start_time - 1)).sample(1.0)
 
 
+def test_a_process_that_has_ended_is_not_sampled_though_nobody_has_waited_for_it() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        identity = identity_of(process.pid)
+        assert process.stdin is not None
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessGoneError, match="has ended"):
+            ProcessSampler(identity).sample(1.0)
+
+
 def test_disk_traffic_counts_what_reached_the_disk() -> None:
     sample = ProcessSampler(current_identity()).sample(1.0)
     assert sample.io_read_bytes >= 0

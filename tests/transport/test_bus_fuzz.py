@@ -316,7 +316,9 @@ def test_what_huge_messages_take_up_is_given_back(
             if round_:
                 sizes.append(hub_process.resident())
     grown = (sizes[-1] - sizes[0]) / 1e6
-    assert grown < 64, [round(size / 1e6) for size in sizes]
+    # Of twelve messages of up to 80 MB that came in between; of one an allocator's arena may be
+    # left for a while.
+    assert grown < 128, [round(size / 1e6) for size in sizes]
     assert max(sizes) < 400e6, [round(size / 1e6) for size in sizes]
     counters = hub_process.counters()
     assert "frames_raised" not in counters
