@@ -33,6 +33,7 @@ MCP_SKILL_NAME = "void-mcp"
 # Bridges of an agent that speaks MCP, and skills that name such an agent.
 _BRIDGES = ("claude", "claude-code", "void-mcp")
 _AGENTS = ("claude-code", "claude")
+_PROVIDERS = ("claude", "codex")
 
 
 def messaging_skills(agent: AgentSpec, llm: LlmSpec | None) -> list[Skill]:
@@ -42,7 +43,7 @@ def messaging_skills(agent: AgentSpec, llm: LlmSpec | None) -> list[Skill]:
     speaks_mcp = (
         agent.messaging.provider_bridge in _BRIDGES
         or llm is None
-        or llm.provider == "claude"
+        or llm.provider in _PROVIDERS
         or any(skill.type == "agent" and skill.value in _AGENTS for skill in references)
     )
     has_it = any(skill.type == "mcp" and skill.value == MCP_SKILL_NAME for skill in references)

@@ -208,6 +208,7 @@ class RunProcess:
             initramfs=None if sandbox.initramfs is None else Path(sandbox.initramfs),
             root=sandbox.image,
             host_ports=frozenset(sandbox.host_ports),
+            agent=request.agent,
         )
 
     def _share(self, name: str) -> Path:

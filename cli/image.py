@@ -11,6 +11,7 @@ import click
 from voidbus.cli.failure import ExitCode, Failure
 from voidbus.cli.options import json_option
 from voidbus.cli.output import note, plain, plural, print_json, print_table, say, size
+from voidbus.vm.image.agent_layers import AGENTS, AgentLayer, agent_layers
 from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.store import GuestImage, ImageStore, default_store, least_memory
 
@@ -33,13 +34,18 @@ def _failures() -> Iterator[None]:
 @click.argument("name", default="base", metavar="[NAME]")
 @json_option
 def build(name: str, as_json: bool) -> None:
-    """Build the image NAME (base) from the distribution's packages and make it the current one.
+    """Build the image NAME and make it the current one.
 
-    Needs no root: the packages are only downloaded and unpacked, in the user's cache. What is
-    there already is not made again.
+    NAME is base, made of the distribution's packages; or claude or codex, the layer with that
+    agent, made of its npm package: the version voidbus was tried with, or NAME@VERSION. Needs no
+    root: packages are only downloaded and unpacked, in the user's cache. What is there already is
+    not made again.
     """
     from voidbus.vm.image.build import build_image
 
+    if name.partition("@")[0] in AGENTS:
+        _build_agent(name, as_json)
+        return
     with _failures():
         store = default_store()
         made = build_image(store, name, lambda text: note(f"voidbus: {text}"))
@@ -55,6 +61,19 @@ def build(name: str, as_json: bool) -> None:
     say(f"  {unpacked} unpacked; a machine needs {memory} MiB of memory or more")
 
 
+def _build_agent(name: str, as_json: bool) -> None:
+    from voidbus.vm.image.agent_layers import build_agent_layer
+
+    with _failures():
+        made = build_agent_layer(default_store().root, name, lambda text: note(f"voidbus: {text}"))
+    if as_json:
+        print_json(_layer_document(made))
+        return
+    say(f"agent {made.name} {made.version}")
+    say(f"  {made.layer}")
+    say(f"  {size(made.bytes)}; in a machine: {', '.join(made.programs)}")
+
+
 @image.command("list")
 @json_option
 def list_images(as_json: bool) -> None:
@@ -62,8 +81,9 @@ def list_images(as_json: bool) -> None:
     with _failures():
         store = default_store()
         documents = [_document(each, store) for each in store.list()]
+        layers = [_layer_document(each) for each in agent_layers(store.root)]
     if as_json:
-        print_json({"store": str(store.root), "images": documents})
+        print_json({"store": str(store.root), "images": documents, "agents": layers})
         return
     rows = [
         (
@@ -76,10 +96,20 @@ def list_images(as_json: bool) -> None:
         )
         for document in documents
     ]
-    if not rows:
+    if rows:
+        print_table(("NAME", "DIGEST", "KERNEL", "UNPACKED", "MEMORY", "CURRENT"), rows)
+    else:
         note(f"voidbus: no image in {store.root}; build one with `voidbus image build`")
-        return
-    print_table(("NAME", "DIGEST", "KERNEL", "UNPACKED", "MEMORY", "CURRENT"), rows)
+    if layers:
+        if rows:
+            say("")
+        print_table(
+            ("AGENT", "VERSION", "PACKAGE", "SIZE"),
+            [
+                (each["name"], each["version"], each["package"], size(each["size"]))
+                for each in layers
+            ],
+        )
 
 
 @image.command()
@@ -114,6 +144,18 @@ def clean(layers: bool, everything: bool, as_json: bool) -> None:
         print_json({"removed": cleaned.entries, "freed_bytes": cleaned.bytes})
     else:
         say(f"{plural(cleaned.entries, 'item')} removed, {size(cleaned.bytes)} freed")
+
+
+def _layer_document(layer: AgentLayer) -> dict[str, Any]:
+    """An agent's layer as JSON; docs/cli.md has the fields."""
+    return {
+        "name": layer.name,
+        "version": layer.version,
+        "package": layer.package,
+        "layer": str(layer.layer),
+        "size": layer.bytes,
+        "programs": list(layer.programs),
+    }
 
 
 def _document(image: GuestImage, store: ImageStore) -> dict[str, Any]:

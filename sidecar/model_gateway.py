@@ -194,12 +194,10 @@ class _Proxy:
             raise _Refused(429, "rate_limit_error", f"{MAX_RUNNING} requests are under way already")
         spending = self._endpoint.spending
         counts = request.method == "POST" and not plain.endswith("/count_tokens")
-        if counts and not spending.admit():
+        used_up = spending.admit() if counts else None
+        if used_up is not None:
             # Not 429, which clients try again and again.
-            most = spending.max_requests
-            raise _Refused(
-                403, "permission_error", f"llm.max_requests of this run, {most}, is used up"
-            )
+            raise _Refused(403, "permission_error", used_up)
         return URL(self._base + path, encoded=True)
 
     async def _pass_on(self, request: web.BaseRequest, url: URL) -> web.StreamResponse:
@@ -247,7 +245,9 @@ class _Proxy:
                 request.transport.abort()
         finally:
             count.end()
-            self._endpoint.spending.add_tokens(count.input_tokens, count.output_tokens)
+            self._endpoint.spending.add_tokens(
+                count.input_tokens, count.output_tokens, count.cache_tokens
+            )
         return response
 
 

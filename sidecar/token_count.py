@@ -9,6 +9,10 @@ from typing import Any
 MAX_LINE_BYTES = 1024 * 1024
 
 
+# The Messages API counts these beside `input_tokens`; OpenAI's are among them.
+_CACHE_KEYS = ("cache_creation_input_tokens", "cache_read_input_tokens")
+
+
 class TokenCount:
     """For one answer: JSON in one piece, or server-sent events. Numbers come from a model or from
     who pretends to be one; absurd ones are not believed."""
@@ -16,6 +20,7 @@ class TokenCount:
     def __init__(self) -> None:
         self.input_tokens = 0
         self.output_tokens = 0
+        self.cache_tokens = 0
         self._line = bytearray()
         self._too_long = False
 
@@ -53,6 +58,8 @@ class TokenCount:
                 # Each event names the total so far, not what is new.
                 self.input_tokens = max(self.input_tokens, _count(usage, "input_tokens"))
                 self.output_tokens = max(self.output_tokens, _count(usage, "output_tokens"))
+                cached = sum(_count(usage, key) for key in _CACHE_KEYS)
+                self.cache_tokens = max(self.cache_tokens, cached)
 
 
 def _holders(event: object) -> list[dict[str, Any]]:

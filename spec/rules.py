@@ -12,6 +12,7 @@ from voidbus.spec.run import (
     MOUNT_MODES,
     PROVIDERS,
     SANDBOX_MODES,
+    AgentSpec,
     BoxSpec,
     FanOutStage,
     LlmSpec,
@@ -76,13 +77,7 @@ def _agent(spec: RunSpec) -> Iterator[BrokenRule]:
         return
     if not agent.prompt.strip() and agent.mode != "interactive":
         yield BrokenRule(("agent", "prompt"), "agent.prompt cannot be empty")
-    if agent.program is not None:
-        yield from _blank(("agent", "program"), agent.program)
-        if agent.command is not None:
-            message = "agent.program and agent.command are mutually exclusive"
-            yield BrokenRule(("agent", "program"), message)
-    if agent.command is not None:
-        yield from _blank(("agent", "command", "program"), agent.command.program)
+    yield from _program(("agent",), "agent.", agent)
     if agent.mode != "task" and agent.timeout_secs is not None:
         message = f"agent: mode: {agent.mode} and timeout_secs are mutually exclusive"
         yield BrokenRule(("agent", "timeout_secs"), message)
@@ -92,6 +87,16 @@ def _agent(spec: RunSpec) -> Iterator[BrokenRule]:
         if spec.llm is not None and spec.llm.credential_proxy:
             message = "agent: mode: service and llm.credential_proxy are mutually exclusive"
             yield BrokenRule(("llm", "credential_proxy"), message)
+
+
+def _program(location: Location, prefix: str, agent: AgentSpec | BoxSpec) -> Iterator[BrokenRule]:
+    if agent.program is not None:
+        yield from _blank((*location, "program"), agent.program)
+        if agent.command is not None:
+            message = f"{prefix}program and {prefix}command are mutually exclusive"
+            yield BrokenRule((*location, "program"), message)
+    if agent.command is not None:
+        yield from _blank((*location, "command", "program"), agent.command.program)
 
 
 def _llm(location: Location, llm: LlmSpec | None) -> Iterator[BrokenRule]:
@@ -110,10 +115,14 @@ def _llm(location: Location, llm: LlmSpec | None) -> Iterator[BrokenRule]:
         yield BrokenRule((*location, "key_in_guest"), message)
     # Only what goes through the gateway can be counted.
     direct = llm.key_in_guest or llm.provider == "claude-personal"
-    if direct and llm.max_requests is not None:
-        why = "key_in_guest" if llm.key_in_guest else "provider claude-personal"
-        message = f"llm.max_requests can't be enforced with {why}"
-        yield BrokenRule((*location, "max_requests"), message)
+    for limit in ("max_requests", "max_cost"):
+        if direct and getattr(llm, limit) is not None:
+            why = "key_in_guest" if llm.key_in_guest else "provider claude-personal"
+            message = f"llm.{limit} can't be enforced with {why}"
+            yield BrokenRule((*location, limit), message)
+    if llm.max_cost is not None and llm.prices is None:
+        message = "llm.max_cost requires llm.prices: what a million tokens cost, input and output"
+        yield BrokenRule((*location, "max_cost"), message)
 
 
 def _mounts(location: Location, mounts: Sequence[MountSpec]) -> Iterator[BrokenRule]:
@@ -156,6 +165,7 @@ def _box(location: Location, box: BoxSpec, outputs: dict[str, Location]) -> Iter
     yield from _llm((*location, "llm"), box.llm)
     if box.sandbox is not None:
         yield from _mounts((*location, "sandbox", "mounts"), box.sandbox.mounts)
+    yield from _program(location, f"box '{box.name}': ", box)
     for index, source in enumerate(box.inputs):
         if source.source not in outputs:
             yield BrokenRule(

@@ -71,9 +71,17 @@ class SandboxSpec(SpecModel):
     snapshot: str | None = None
 
 
+class PricesSpec(SpecModel):
+    """What a model costs, in US dollars for a million tokens."""
+
+    input: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    output: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+
 class LlmSpec(SpecModel):
     """The model behind an agent. `api_key_env` names a variable of the host, never a key;
-    `max_requests` is how often the agent may ask the model."""
+    `max_requests` is how often the agent may ask the model, `max_cost` what that may cost by
+    `prices`, in US dollars."""
 
     provider: LowerText
     model: str | None = None
@@ -82,6 +90,8 @@ class LlmSpec(SpecModel):
     credential_proxy: bool | None = None
     key_in_guest: bool = False
     max_requests: Annotated[int, Field(ge=1, le=U64_MAX)] | None = None
+    max_cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    prices: PricesSpec | None = None
 
 
 class ObserveSpec(SpecModel):
@@ -150,10 +160,13 @@ class InputSpec(SpecModel):
 
 
 class BoxSpec(SpecModel):
-    """One agent of a pipeline, in a machine of its own. `llm` None is the run's."""
+    """One agent of a pipeline, in a machine of its own. `llm` None is the run's; `program` and
+    `command` are as an AgentSpec's."""
 
     name: str
     prompt: str
+    program: str | None = None
+    command: AgentCommand | None = None
     skills: Items[Skill] = ()
     llm: LlmSpec | None = None
     timeout_secs: Seconds | None = None

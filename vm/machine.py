@@ -38,7 +38,8 @@ class MachineSpec:
     ``secret`` is 32 bytes; ``allowed_commands`` None allows everything. ``kernel`` and
     ``initramfs`` replace the image's own; ``root`` is a local OCI image (see ``unpack_image``)
     whose file system the programs get; ``host_ports`` are ports of the host's 127.0.0.1 that a
-    guest with ``network`` may reach at its gateway."""
+    guest with ``network`` may reach at its gateway; ``agent`` names the agent whose layer (see
+    ``agent_layer``) lies over that root."""
 
     run_id: str
     name: str
@@ -55,6 +56,7 @@ class MachineSpec:
     initramfs: Path | None = None
     root: str | None = None
     host_ports: frozenset[int] = frozenset()
+    agent: str | None = None
 
 
 @dataclass(frozen=True)

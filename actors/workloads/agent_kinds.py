@@ -37,6 +37,9 @@ class AgentKind(ABC):
     skills_folder: ClassVar[str | None] = None
     """Where it looks for skills, if not where all of them are."""
 
+    layer: ClassVar[str | None] = None
+    """The layer of a machine that has it, where there is one."""
+
     program: str
 
     @abstractmethod
@@ -64,6 +67,7 @@ class AgentKind(ABC):
 class ClaudeCode(AgentKind):
     """Claude Code, without questions: the machine is what stands between it and the host."""
 
+    layer: ClassVar[str | None] = "claude"
     model: str | None = None
 
     def arguments(self, prompt: str, *, mcp: bool) -> tuple[str, ...]:
@@ -93,6 +97,7 @@ class Codex(AgentKind):
     """Codex, without questions and without a sandbox of its own."""
 
     skills_folder: ClassVar[str | None] = "/workspace/.agents/skills"
+    layer: ClassVar[str | None] = "codex"
 
     def arguments(self, prompt: str, *, mcp: bool) -> tuple[str, ...]:
         return (

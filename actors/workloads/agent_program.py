@@ -31,6 +31,12 @@ _INLINE_INPUT = 4000
 TOOL_EVENTS_LIMIT = 10_000
 
 
+_STAND_IN = (
+    "there is neither a key nor another way to a model, so claudio plays the agent; set "
+    "ANTHROPIC_API_KEY where the supervisor is started, or llm in the specification"
+)
+
+
 @dataclass(frozen=True)
 class AgentSettings:
     """What an agent is started with. `timeout` in seconds, 0 for none; `env` stands over the
@@ -127,6 +133,8 @@ class AgentProgram:
             for skill, why in self._settings.skills.warnings:
                 message = f"skill {skill}: {why}"
                 self._stage.emit("skill.warning", message, level="warn", payload={"skill": skill})
+            if self._settings.launch.stand_in:
+                self._stage.emit("agent.stand_in", _STAND_IN, level="warn")
         self._files.extend(self._all_files(machine))
         self._write_next(machine)
 

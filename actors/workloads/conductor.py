@@ -67,13 +67,15 @@ class Share:
 @dataclass(frozen=True)
 class MachineRequest:
     """A machine a workload wants. `stage` is the one stage it is for, None for all of the run;
-    `messaging`: its programs reach the run's sidecar; `model` is what they reach by a gateway."""
+    `messaging`: its programs reach the run's sidecar; `model` is what they reach by a gateway;
+    `agent` is the agent whose layer it has."""
 
     sandbox: SandboxSpec
     stage: str | None = None
     shares: tuple[Share, ...] = ()
     messaging: bool = False
     model: ModelEndpoint | None = None
+    agent: str | None = None
 
 
 @dataclass(frozen=True)

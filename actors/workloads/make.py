@@ -22,7 +22,7 @@ from voidbus.actors.workloads.conductor import (
 )
 from voidbus.actors.workloads.output import OutputCollector
 from voidbus.actors.workloads.pipeline import BoxPlan, Pipeline, stages_of
-from voidbus.actors.workloads.providers import GATEWAY, Launch, launch_of
+from voidbus.actors.workloads.providers import GATEWAY, Launch, launch_of, spending_of
 from voidbus.actors.workloads.sandbox import Sandbox
 from voidbus.actors.workloads.service import AgentService
 from voidbus.actors.workloads.skills import plan_skills
@@ -30,7 +30,14 @@ from voidbus.actors.workloads.workflow import STEPS_AT_ONCE, Workflow
 from voidbus.sidecar.model_endpoint import ModelSpending
 from voidbus.spec.environment import resolve_env
 from voidbus.spec.policy import Policy
-from voidbus.spec.run import AgentSpec, BoxSpec, LlmSpec, PipelineSpec, RunSpec, SandboxSpec
+from voidbus.spec.run import (
+    AgentSpec,
+    BoxSpec,
+    LlmSpec,
+    PipelineSpec,
+    RunSpec,
+    SandboxSpec,
+)
 from voidbus.spec.skill import Skill
 
 # Machines of one run at once, in a run without a policy.
@@ -124,7 +131,11 @@ class _Maker:
         )
         sandbox = networked(spec.sandbox, settings.launch)
         machine = MachineRequest(
-            sandbox, stage=spec.name, messaging=messaging, model=settings.launch.endpoint
+            sandbox,
+            stage=spec.name,
+            messaging=messaging,
+            model=settings.launch.endpoint,
+            agent=settings.launch.layer,
         )
         if agent.mode == "service":
             return AgentService(
@@ -166,7 +177,7 @@ class _Maker:
         sandbox = box_sandbox(self._spec.sandbox, box)
         given = [Share(shares[out.name], out.guest, writable=True) for out in box.outputs]
         given += [Share(shares[source.source], source.guest, False) for source in box.inputs]
-        launch = self._launch(box.llm or self._spec.llm, sandbox)
+        launch = self._launch(box.llm or self._spec.llm, sandbox, box)
         settings = self._settings(
             box.prompt, sandbox, launch, box.skills, box.timeout_secs, DEFAULT_OUTPUT_FILE
         )
@@ -175,15 +186,15 @@ class _Maker:
             stage=box.name,
             shares=tuple(given),
             model=launch.endpoint,
+            agent=launch.layer,
         )
         return BoxPlan(settings, request)
 
     def _launch(
-        self, llm: LlmSpec | None, sandbox: SandboxSpec, agent: AgentSpec | None = None
+        self, llm: LlmSpec | None, sandbox: SandboxSpec, agent: AgentSpec | BoxSpec
     ) -> Launch:
         # Boxes that have the run's model share what it may be asked.
-        limit = llm.max_requests if llm is not None else None
-        spending = self._spending.setdefault(id(llm), ModelSpending(limit))
+        spending = self._spending.setdefault(id(llm), spending_of(llm))
         return launch_of(
             llm,
             self._host_env,
@@ -191,8 +202,8 @@ class _Maker:
             spending=spending,
             # There is no machine between it and the host.
             gateway="127.0.0.1" if sandbox.mode == "mock" else GATEWAY,
-            program=agent.program if agent is not None else None,
-            command=agent.command if agent is not None else None,
+            program=agent.program,
+            command=agent.command,
         )
 
     def _settings(

@@ -18,7 +18,7 @@ from voidbus.actors.workloads.agent_kinds import (
     ClaudeCode,
     Codex,
 )
-from voidbus.sidecar.model_endpoint import ModelEndpoint, ModelSpending
+from voidbus.sidecar.model_endpoint import ModelEndpoint, ModelSpending, Prices
 from voidbus.spec.run import DEFAULT_PROVIDER, AgentCommand, LlmSpec
 
 CLAUDE_PROGRAM = "claude-code"
@@ -47,7 +47,9 @@ class Launch:
     """How an agent is launched. `env` are its provider's variables and `files` its credentials, by
     guest path; `free`: what it says it cost is nothing. It reaches its model by a gateway to
     `endpoint`, whose URL is in `url_variable`; or where there is none and `network` by a network
-    card, and `host_port` is the port of the host where the model listens."""
+    card, and `host_port` is the port of the host where the model listens. `layer` is the layer of
+    a machine that has the program, where it is not in every one; `stand_in`: it has no model, so
+    the program is the one that plays Claude Code."""
 
     kind: AgentKind
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -57,6 +59,8 @@ class Launch:
     endpoint: ModelEndpoint | None = None
     network: bool = False
     host_port: int | None = None
+    layer: str | None = None
+    stand_in: bool = False
 
 
 def launch_of(
@@ -81,17 +85,31 @@ def launch_of(
         # It gets what its provider has for it, and is read as text.
         launch = replace(launch, kind=AnyProgram(command.program, command.args))
     # Who gives the guest a key or an address by hand has said how the model is reached.
-    by_hand = _MODEL_VARIABLES & (guest_env or {}).keys()
+    by_hand = bool(_MODEL_VARIABLES & (guest_env or {}).keys())
     reaches = launch.env.keys() & _MODEL_VARIABLES or (spec.base_url and not launch.files)
     if not spec.key_in_guest and not by_hand and reaches:
-        return _by_gateway(spec, launch, spending or ModelSpending(spec.max_requests))
-    # A provider that has neither key, address nor credentials for its agent needs no network.
-    url = urlsplit(launch.env.get("ANTHROPIC_BASE_URL", ""))
-    return replace(
-        launch,
-        network=llm is not None and bool(launch.files or launch.env.keys() - {"HOME"}),
-        host_port=url.port if url.hostname == GATEWAY else None,
-    )
+        launch = _by_gateway(spec, launch, spending or spending_of(spec))
+    else:
+        # A provider that has neither key, address nor credentials for its agent needs no network.
+        url = urlsplit(launch.env.get("ANTHROPIC_BASE_URL", ""))
+        launch = replace(
+            launch,
+            network=llm is not None and bool(launch.files or launch.env.keys() - {"HOME"}),
+            host_port=url.port if url.hostname == GATEWAY else None,
+        )
+    if program is not None or command is not None:
+        return launch  # its program is where its user has put it
+    has_model = launch.endpoint is not None or launch.network or by_hand
+    stand_in = isinstance(launch.kind, ClaudeCode) and not has_model
+    return replace(launch, layer=None if stand_in else launch.kind.layer, stand_in=stand_in)
+
+
+def spending_of(llm: LlmSpec | None) -> ModelSpending:
+    """What a model may be asked, and nothing of it asked yet."""
+    if llm is None:
+        return ModelSpending()
+    prices = None if llm.prices is None else Prices(llm.prices.input, llm.prices.output)
+    return ModelSpending(llm.max_requests, llm.max_cost, prices)
 
 
 def _by_gateway(spec: LlmSpec, launch: Launch, spending: ModelSpending) -> Launch:

@@ -415,6 +415,7 @@ def test_an_agent_is_given_a_placeholder_and_the_address_of_its_gateway() -> Non
         "refused": 0,
         "input_tokens": 0,
         "output_tokens": 0,
+        "cache_tokens": 0,
     }
 
 

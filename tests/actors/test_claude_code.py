@@ -1,6 +1,6 @@
-"""The real Claude Code with a scripted model, on the process machine.
+"""The real Claude Code with a scripted model, on the process machine, where it takes seconds.
 
-Its program of 235 MB is too slow where guests are emulated; what is around it is the same there.
+That it does the same in a virtual machine: tests/e2e/test_real_agents_in_machines.py.
 """
 
 from __future__ import annotations

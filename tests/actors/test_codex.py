@@ -25,7 +25,7 @@ def test_codex_calls_our_tools_and_its_intents_arrive(house: House) -> None:
                 "prompt": "Tell your peers what you see, and your leader what to do.",
                 "program": str(codex_program()),
                 "timeout_secs": 60,
-                "messaging": {"enabled": True, "provider_bridge": "void-mcp"},
+                "messaging": {"enabled": True},
             },
         }
         house.start(spec, host_env={"OPENAI_API_KEY": KEY, "HOME": str(house.folder / "nobody")})

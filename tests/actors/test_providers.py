@@ -386,6 +386,13 @@ def test_an_unknown_provider_is_refused_with_the_list() -> None:
             "llm.max_requests can't be enforced with provider claude-personal",
         ),
         ("{provider: claude, max_requests: 0}", "llm.max_requests"),
+        (
+            "{provider: claude-personal, max_cost: 3, prices: {input: 3, output: 15}}",
+            "llm.max_cost can't be enforced with provider claude-personal",
+        ),
+        ("{provider: claude, max_cost: 3}", "llm.max_cost requires llm.prices"),
+        ("{provider: claude, max_cost: .nan, prices: {input: 3, output: 15}}", "llm.max_cost"),
+        ("{provider: claude, max_cost: 1, prices: {input: -3, output: 15}}", "prices.input"),
     ],
 )
 def test_what_the_gateway_can_not_do_is_refused(llm: str, says: str) -> None:
@@ -396,3 +403,76 @@ def test_a_program_and_a_command_exclude_each_other() -> None:
     told = problems("{prompt: x, program: p, command: {program: q}}")
     assert "agent.program and agent.command are mutually exclusive" in told
     assert "agent.command.program" in problems("{prompt: x, command: {program: ' '}}")
+
+
+# -- layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("provider", "host_env", "llm", "layer"),
+    [
+        ("claude", {"ANTHROPIC_API_KEY": "k"}, {}, "claude"),
+        ("claude", {"ANTHROPIC_API_KEY": "k"}, {"key_in_guest": True}, "claude"),
+        ("claude", {}, {"base_url": "http://127.0.0.1:1"}, "claude"),
+        ("ollama", {}, {}, "claude"),
+        ("lm-studio", {}, {}, "claude"),
+        ("custom", {}, {}, "claude"),
+        ("codex", {"OPENAI_API_KEY": "k", "HOME": "/nowhere"}, {}, "codex"),
+        ("codex", {"HOME": "/nowhere"}, {}, "codex"),
+    ],
+)
+def test_the_provider_decides_the_layer(
+    provider: str, host_env: dict[str, str], llm: dict[str, Any], layer: str
+) -> None:
+    found = launch(provider, host_env, **llm)
+    assert (found.layer, found.stand_in) == (layer, False)
+
+
+@pytest.mark.parametrize("provider", [None, "claude"])
+def test_without_a_way_to_a_model_claudio_stands_in_and_that_is_said(provider: str | None) -> None:
+    found = launch(provider)
+    assert (found.layer, found.stand_in) == (None, True)
+    assert "claudio plays the agent" in run().event("agent.stand_in").message
+    assert "agent.stand_in" not in run(program="claudio").types()
+
+
+def test_a_key_by_hand_is_a_way_to_a_model() -> None:
+    spec = LlmSpec(provider="claude")
+    found = launch_of(spec, {}, guest_env={"ANTHROPIC_API_KEY": "k"})
+    assert (found.layer, found.stand_in) == ("claude", False)
+
+
+def test_a_program_of_ones_own_needs_no_layer() -> None:
+    spec, key = LlmSpec(provider="claude"), {"ANTHROPIC_API_KEY": "k"}
+    for found in (
+        launch_of(spec, key, program="/opt/claude"),
+        launch_of(spec, key, command=AgentCommand(program="aider")),
+    ):
+        assert (found.layer, found.stand_in) == (None, False)
+
+
+def test_a_box_may_have_a_program_of_its_own_too() -> None:
+    text = (
+        "kind: pipeline\nname: p\npipeline:\n  boxes:\n"
+        "    - {name: a, prompt: x, program: claudio}\n"
+        "    - {name: b, prompt: x, command: {program: sh, args: [-c, cat]}}\n"
+    )
+    conductor = FakeConductor()
+    make_workload(
+        parse_run_spec(text, name="run.yaml", format="yaml").spec,
+        conductor,
+        run_id="r1",
+        host_env={},
+        input_text=None,
+        policy=None,
+    ).begin()
+    conductor.settle()
+    assert conductor.commands["a"].program == "claudio"
+    conductor.end("a", stdout=json.dumps({"type": "result", "result": "done"}).encode())
+    assert (conductor.commands["b"].program, conductor.commands["b"].args) == ("sh", ("-c", "cat"))
+    with pytest.raises(SpecError, match="box 'a': program and box 'a': command are mutually"):
+        parse_run_spec(
+            text.replace("program: claudio", "program: p, command: {program: q}"),
+            name="run.yaml",
+            format="yaml",
+        )

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from voidbus.cli import image as image_commands
+from voidbus.vm.image import agent_layers, store
 from voidbus.vm.image import build as building
-from voidbus.vm.image import store
+from voidbus.vm.image.agent_layers import AgentLayer
 from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.manifest import Manifest, Part
 from voidbus.vm.image.product import Product
@@ -105,3 +107,63 @@ def test_cleaning_says_what_it_freed(voidbus: Voidbus, cache: Path) -> None:
     assert voidbus("image", "clean").out == "1 item removed, 100B freed\n"
     assert json.loads(voidbus("image", "clean", "--all", "--json").out)["removed"] == 3
     assert "voidbus image build" in voidbus("image", "list").err
+
+
+# -- agents ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent(cache: Path, monkeypatch: pytest.MonkeyPatch) -> AgentLayer:
+    """A build that makes what would be the layer of Claude Code."""
+    made = AgentLayer("claude", "1.2", "@x/claude", cache / "l.squashfs", 2 << 20, ("/bin/claude",))
+
+    def build(root: Path, wanted: str, report: Callable[[str], None]) -> AgentLayer:
+        if wanted != "claude":
+            raise ImageError(f"npm knows no {wanted}")
+        report("fetching @x/claude@1.2")
+        return made
+
+    monkeypatch.setattr(agent_layers, "build_agent_layer", build)
+    monkeypatch.setattr(image_commands, "agent_layers", lambda _: [made])
+    return made
+
+
+def test_an_agents_layer_is_built_by_the_agents_name(voidbus: Voidbus, agent: AgentLayer) -> None:
+    result = voidbus("image", "build", "claude")
+    assert result.code == 0
+    assert "agent claude 1.2" in result.out
+    assert str(agent.layer) in result.out
+    assert "2.0MiB; in a machine: /bin/claude" in result.out
+    assert "voidbus: fetching @x/claude@1.2" in result.err
+
+
+def test_an_agents_layer_is_one_json_document(voidbus: Voidbus, agent: AgentLayer) -> None:
+    document = json.loads(voidbus("image", "build", "claude", "--json").out)
+    assert document == {
+        "name": "claude",
+        "version": "1.2",
+        "package": "@x/claude",
+        "layer": str(agent.layer),
+        "size": 2 << 20,
+        "programs": ["/bin/claude"],
+    }
+    assert json.loads(voidbus("image", "list", "--json").out)["agents"] == [document]
+
+
+def test_a_version_of_an_agent_that_is_not_there_is_told_in_a_line(
+    voidbus: Voidbus, agent: AgentLayer
+) -> None:
+    result = voidbus("image", "build", "claude@9")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "voidbus: error: npm knows no claude@9\n"
+
+
+def test_agents_are_listed_behind_the_images(voidbus: Voidbus, agent: AgentLayer) -> None:
+    alone = voidbus("image", "list")
+    assert "no image in" in alone.err
+    assert alone.out.split("\n")[0].split() == ["AGENT", "VERSION", "PACKAGE", "SIZE"]
+    voidbus("image", "build")
+    lines = voidbus("image", "list").out.splitlines()
+    assert lines[0].startswith("NAME")
+    assert lines[2] == ""
+    assert lines[4].split() == ["claude", "1.2", "@x/claude", "2.0MiB"]

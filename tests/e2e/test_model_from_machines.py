@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
 from scripted_model import LAST_WORDS, scripted_model
 from supervisor_kit import running_supervisor
-from vm_kit import BOOT_PATIENCE
+from vm_kit import BOOT_PATIENCE, qemus_of
 
 from voidbus.actors.messages.runs import RunStatus
 from voidbus.cli.event_line import log_text
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
 KEY = "sk-ant-never-in-a-guest"
 # The guest's Python has no HTTP client.
 ASK = """
-import os, socket
+import os, socket, sys
 address = os.environ["ANTHROPIC_BASE_URL"].removeprefix("http://").split(":")
 with socket.create_connection((address[0], int(address[1])), timeout=60) as model:
     head = f"POST /v1/messages HTTP/1.1\\r\\nHost: model\\r\\nConnection: close\\r\\n"
@@ -28,6 +29,11 @@ with socket.create_connection((address[0], int(address[1])), timeout=60) as mode
         print(data.decode())
 print(dict(os.environ))
 print(sorted(os.listdir("/sys/class/net")))
+sys.stdout.flush()
+if os.environ.get("WAIT"):
+    import time
+    print("waiting", flush=True)
+    time.sleep(600)
 open("/workspace/output.json", "w").write('{"status": "ok"}')
 """
 
@@ -55,4 +61,51 @@ def test_the_key_is_added_outside_of_the_guest(tmp_path: Path) -> None:
     ((_, headers, _),) = model.requests
     assert headers["x-api-key"] == KEY
     (used,) = [event.payload for event in events if event.event_type == "model.used"]
-    assert used == {"requests": 1, "refused": 0, "input_tokens": 10, "output_tokens": 5}
+    assert used == {
+        "requests": 1,
+        "refused": 0,
+        "input_tokens": 10,
+        "output_tokens": 5,
+        "cache_tokens": 0,
+    }
+
+
+def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(tmp_path: Path) -> None:
+    with scripted_model() as model, running_supervisor(ANTHROPIC_API_KEY=KEY) as supervisor:
+        path = tmp_path / "ask.json"
+        spec = {
+            "kind": "agent",
+            "name": "ask",
+            "sandbox": {"mode": "auto", "memory_mb": 256, "env": {"WAIT": "1"}},
+            "llm": {"provider": "claude", "base_url": model.url},
+            "agent": {"prompt": "x", "command": {"program": "python3", "args": ["-c", ASK]}},
+        }
+        path.write_text(json.dumps(spec))
+        with supervisor.connect() as client:
+            run_id = client.start(path)
+            # It has asked the model, with what it has for a key; its disk is in its memory.
+            client.wait_for(run_id, lambda event: log_text(event) == "waiting", BOOT_PATIENCE)
+            (qemu,) = qemus_of(supervisor)
+            found = memory_with(qemu, (KEY.encode(), b"x-api-key: voidbus-"))
+            client.cancel(run_id)
+            client.wait_end(run_id, BOOT_PATIENCE)
+        ((_, headers, _),) = model.requests
+        assert headers["x-api-key"] == KEY
+        assert found == {b"x-api-key: voidbus-"}, "the placeholder is, and the key is not"
+        kept = [each for each in supervisor.state_dir.rglob("*") if each.is_file()]
+        assert kept
+        assert [str(each) for each in kept if KEY.encode() in each.read_bytes()] == []
+        assert KEY not in supervisor.log
+
+
+def memory_with(qemu: int, wanted: tuple[bytes, ...]) -> set[bytes]:
+    """Which of these byte strings are anywhere in the memory of a QEMU's guest."""
+    found: set[bytes] = set()
+    memories = [
+        link for link in Path(f"/proc/{qemu}/fd").iterdir() if "memory" in str(link.readlink())
+    ]
+    assert memories, "the guest's memory is a memfd of QEMU's"
+    for link in memories:
+        with link.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+            found |= {text for text in wanted if memory.find(text) >= 0}
+    return found

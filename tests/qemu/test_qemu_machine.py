@@ -198,6 +198,14 @@ class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance
             guest.machine.start(START_WAIT)
         assert guest.leases == []
 
+    def test_an_agent_whose_layer_was_not_made_is_refused_with_the_command_that_makes_it(
+        self, make: MakeGuest
+    ) -> None:
+        guest = make(agent="nobody")
+        with pytest.raises(MachineError, match=r"agent nobody.*`voidbus image build nobody`"):
+            guest.machine.start(START_WAIT)
+        assert guest.leases == []
+
     def test_several_processors_are_seen_by_the_guest(self, make: MakeGuest) -> None:
         channel = make(vcpus=2).start().channel
         assert run(channel, "nproc").stdout == b"2\n"

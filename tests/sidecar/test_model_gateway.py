@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import voidbus.sidecar.model_gateway as gateway_module
-from voidbus.sidecar.model_endpoint import ModelEndpoint, ModelSpending
+from voidbus.sidecar.model_endpoint import ModelEndpoint, ModelSpending, Prices
 from voidbus.sidecar.model_gateway import GatewayError, ModelGateway
 from voidbus.sidecar.token_count import MAX_LINE_BYTES, TokenCount
 
@@ -183,7 +183,7 @@ def test_an_answer_comes_as_the_model_writes_it(tmp_path: Path, upstream: Upstre
         assert answer.read(len(SSE[0])) == SSE[0]
         first_read.set()
         assert answer.read() == SSE[1]
-    assert spending.totals() == (1, 0, 12, 7)
+    assert tuple(spending.totals()) == (1, 0, 12, 7, 0)
 
 
 def test_a_large_request_is_passed_on_whole(tmp_path: Path, upstream: Upstream) -> None:
@@ -311,6 +311,33 @@ def test_requests_beyond_the_limit_are_refused_and_counted(
     assert statuses == [200, 200, 403]
     totals = spending.totals()
     assert (totals.requests, totals.refused) == (2, 2)
+
+
+def test_a_model_is_asked_no_more_once_it_has_cost_what_it_may(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    # Each answer names tokens; the request that goes over is the last one.
+    once = ModelSpending()
+    with running(tmp_path, upstream.url, spending=once) as ask:
+        ask()
+    totals = once.totals()
+    cost = (totals.input_tokens * 3 + totals.output_tokens * 15) / 1e6
+    assert cost > 0
+    spending = ModelSpending(max_cost=1.5 * cost, prices=Prices(3, 15))
+    with running(tmp_path, upstream.url, spending=spending) as ask:
+        statuses = [ask()[0] for _ in range(4)]
+        told = error(ask()[2])
+    assert statuses == [200, 200, 403, 403]
+    assert f"llm.max_cost of this run, {1.5 * cost:g} US dollars, is used up" in told
+
+
+def test_tokens_of_a_cache_are_counted_apart_and_cost_too() -> None:
+    spending = ModelSpending(max_cost=1.0, prices=Prices(2.0, 0.0))
+    assert spending.admit() is None
+    spending.add_tokens(100_000, 5, 400_000)
+    assert spending.totals().cache_tokens == 400_000
+    assert spending.admit() == "llm.max_cost of this run, 1 US dollars, is used up"
+    assert spending.totals().refused == 1
 
 
 def test_as_many_at_once_as_there_is_room_for(

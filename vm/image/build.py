@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from voidbus.vm.image import cpio, tree
+from voidbus.vm.image.agent_layers import AGENTS
 from voidbus.vm.image.bytecode import compile_folder
 from voidbus.vm.image.elf import Elf
 from voidbus.vm.image.fault import ImageError
@@ -29,7 +30,8 @@ def build_image(store: ImageStore, name: str, report: Report) -> GuestImage:
     """
     recipe = RECIPES.get(name)
     if recipe is None:
-        raise ImageError(f"there is no image {name!r}; there is {', '.join(sorted(RECIPES))}")
+        names = ", ".join(sorted((*RECIPES, *AGENTS)))
+        raise ImageError(f"there is no image {name!r}; there is {names}")
     report("asking apt for versions")
     kernel, packages = choose_packages(recipe)
     key = distribution_key((kernel, *packages))

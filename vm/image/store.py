@@ -5,6 +5,7 @@
     refs/NAME               the KEY an image's name stands for
     images/KEY/             initramfs.cpio: base.cpio and the product's own files, joined
     layers/KEY.squashfs     read-only layers, and KEY.json beside each
+    agents/NAME.json        which layer an agent's is
 
 Everything is written under another name first and then renamed, so what has its final name is
 whole. Every published file has one fixed modification time, so that one that was written to since
@@ -143,9 +144,13 @@ class ImageStore:
             return upkeep.clean(self.root, keep, layers=layers or everything)
 
     def _in_use(self) -> set[Path]:
-        """The folders and files `current` needs, for every name."""
+        """The folders and files `current` and the agents' layers need."""
         product = _own_files()
         used: set[Path] = set()
+        for record in upkeep.published(self.root / "agents"):
+            with contextlib.suppress(ImageError):
+                layers = [self.root / file.path for file in read_manifest(record).files]
+                used |= {record, *layers, *(layer.with_suffix(".json") for layer in layers)}
         for reference in upkeep.published(self.root / "refs"):
             with contextlib.suppress(ImageError):
                 key = self._key_of(reference.name)

@@ -11,7 +11,7 @@ from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.manifest import read_manifest
 from voidbus.vm.image.publishing import TEMPORARY, damage
 
-_KINDS = ("images", "distributions", "refs", "packages")
+_KINDS = ("images", "distributions", "refs", "packages", "agents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,20 @@ def verify(root: Path) -> list[str]:
     for record in published(root / "layers"):
         if record.suffix == ".json":
             problems += _verify_manifest(root, record)
+    for record in published(root / "agents"):
+        problems += _verify_agent(root, record)
     return problems
+
+
+def _verify_agent(root: Path, path: Path) -> list[str]:
+    """Whether the record leads to a layer; whether that is whole is told with the layers."""
+    remedy = f"run `voidbus image build {path.stem}`"
+    try:
+        files = read_manifest(path).files
+    except ImageError as error:
+        return [f"{error}; {remedy}"]
+    missing = [file.path for file in files if not (root / file.path).is_file()]
+    return [f"{root / each} is missing; {remedy}" for each in missing]
 
 
 def _verify_manifest(root: Path, path: Path) -> list[str]:

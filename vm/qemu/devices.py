@@ -15,6 +15,7 @@ from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
 from voidbus.vm.guest.boot_line import MORE_BYTES
+from voidbus.vm.image.agent_layers import agent_layer
 from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.oci import unpack_image
 from voidbus.vm.image.store import (
@@ -149,7 +150,7 @@ class Devices:
             self._arguments += [f"tsc_early_khz={khz}", "tsc=reliable"]
 
     def _add_disks(self) -> None:
-        disks = list(self._image.layers)
+        disks = [*self._image.layers, *self._agent_layer()]
         if disks:
             names = ",".join(_disk_name(number) for number in range(len(disks)))
             self._arguments.append(f"voidbus.layers={names}")
@@ -160,6 +161,19 @@ class Devices:
             disks.append(root.layer)
         for disk in disks:
             self._add_disk(disk)
+
+    def _agent_layer(self) -> list[Path]:
+        """The layer of the machine's agent. An image of the user's own may bring the agent itself,
+        and two files that are not ours may know nothing of layers."""
+        agent = self._spec.agent
+        if agent is None or self._image.name == GIVEN:
+            return []
+        try:
+            return [agent_layer(default_store().root, agent).layer]
+        except ImageError:
+            if self._spec.root is None:
+                raise
+            return []
 
     def _add_vsock(self, here: Path) -> None:
         vsock = VhostUserVsock(
