@@ -57,6 +57,8 @@ from voidbus.actors.workloads.conductor import (
     Workload,
 )
 from voidbus.actors.workloads.publication import StageOutput, manifest_of, publish
+from voidbus.actors.workloads.remote_skill import fetch_skill
+from voidbus.actors.workloads.skills import SKILL_LIMIT
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import Message
@@ -259,6 +261,19 @@ class RunActor(Supervisor):
                 run()
 
         self.after(seconds, due)
+
+    def fetch_skill(self, url: str, then: Callable[[bytes | str], None]) -> None:
+        """Fetch what is at `url`; `then` gets it, or why that can't be."""
+
+        def fetched(outcome: bytes | Exception) -> None:
+            if self._phase is Phase.WORKING:
+                then(str(outcome) if isinstance(outcome, Exception) else outcome)
+
+        try:
+            self.work(lambda: fetch_skill(url, SKILL_LIMIT), fetched, name="fetch")
+        except Refuse as refused:
+            why = str(refused)
+            self.post(lambda: then(why))
 
     def kept(self, artifact: StoredArtifact) -> None:
         """List a file that is kept as this run's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from voidbus.actors.workloads.agent_stream import Said, StreamResult
 from voidbus.actors.workloads.conductor import (
@@ -18,7 +18,7 @@ from voidbus.actors.workloads.conductor import (
 )
 from voidbus.actors.workloads.mcp_servers import McpServers
 from voidbus.actors.workloads.providers import Launch
-from voidbus.actors.workloads.skills import NO_SKILLS, SkillPlan
+from voidbus.actors.workloads.skills import NO_SKILLS, SkillFile, SkillPlan
 from voidbus.actors.workloads.stage import Stage
 
 # An agent without a limit of its own, in a run without a policy (seconds).
@@ -111,20 +111,21 @@ class AgentProgram:
         self._lines = LineSplitter(limit=1024 * 1024)
         self._capture = Capture()
         self._tools_used = 0
-        self._files: deque[tuple[str, bytes, str]] = deque()
+        self._files: deque[SkillFile] = deque()
+        self._fetched: dict[str, bytes | None] = {}  # by URL; None is what could not be had
 
-    def _all_files(self, machine: GuestMachine) -> list[tuple[str, bytes, str]]:
-        """(path, content, the skill it is of or nothing)."""
+    def _all_files(self, machine: GuestMachine) -> list[SkillFile]:
+        """Those of no skill have an empty name in its place."""
         settings = self._settings
-        files = [(file.path, file.content, file.skill) for file in settings.skills.files]
+        files = list(settings.skills.files)
         launch = settings.launch
         folder = launch.kind.skills_folder
         own_way = settings.skills.in_folders if folder is not None else ()
-        files += [(f"{folder}/{file.inside}", file.content, file.skill) for file in own_way]
+        files += [replace(file, path=f"{folder}/{file.inside}") for file in own_way]
         own = {**launch.files, **launch.kind.files(self._servers.urls, machine.model_url)}
-        files += [(path, content, "") for path, content in own.items()]
+        files += [SkillFile(path, content, "") for path, content in own.items()]
         if self._input is not None:
-            files.append((INPUT_FILE, self._input.encode(), ""))
+            files.append(SkillFile(INPUT_FILE, self._input.encode(), ""))
         return files
 
     def start(self, machine: GuestMachine) -> None:
@@ -142,16 +143,37 @@ class AgentProgram:
         if not self._files:
             self._start_servers(machine)
             return
-        path, content, skill = self._files.popleft()
+        file = self._files.popleft()
+        if file.url is not None and file.url not in self._fetched:
+            self._files.appendleft(file)
+            self._fetch(machine, file.skill, file.url)
+            return
 
         def written(error: str | None) -> None:
             if error is None:
                 self._write_next(machine)
             else:
-                whose = f"{skill}: " if skill else ""
-                self._end(Exit(-1), f"{whose}cannot write {path} in the guest: {error}")
+                whose = f"{file.skill}: " if file.skill else ""
+                self._end(Exit(-1), f"{whose}cannot write {file.path} in the guest: {error}")
 
-        machine.write_file(path, content, written)
+        content = self._fetched.get(file.url) if file.url is not None else None
+        machine.write_file(file.path, file.content if content is None else content, written)
+
+    def _fetch(self, machine: GuestMachine, skill: str, url: str) -> None:
+        """Of a skill that can't be had the agent gets a placeholder, as the format has it."""
+
+        def fetched(outcome: bytes | str) -> None:
+            self._fetched[url] = None if isinstance(outcome, str) else outcome
+            if isinstance(outcome, str):
+                self._stage.emit(
+                    "skill.warning",
+                    f"{skill}: {outcome}; a placeholder is in its place",
+                    level="warn",
+                    payload={"skill": skill.removeprefix("skill ")},
+                )
+            self._write_next(machine)
+
+        self._conductor.fetch_skill(url, fetched)
 
     def _start_servers(self, machine: GuestMachine) -> None:
         def ready(error: str | None) -> None:

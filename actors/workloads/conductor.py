@@ -160,6 +160,9 @@ class Conductor(Protocol):
     def after_working(self, seconds: float, run: Callable[[], None]) -> None:
         """Call `run` in `seconds`, unless the run has come to its end by then."""
 
+    def fetch_skill(self, url: str, then: Callable[[bytes | str], None]) -> None:
+        """Fetch what is at `url`; `then` gets it, or why that can't be."""
+
     def kept(self, artifact: StoredArtifact) -> None:
         """List a file that is kept as this run's."""
 

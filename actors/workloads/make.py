@@ -220,7 +220,7 @@ class _Maker:
             launch=launch,
             timeout=first_timeout(timeout, self._stage_timeout, DEFAULT_AGENT_TIMEOUT),
             env=resolve_env(sandbox.env, self._host_env),
-            skills=plan_skills(skills, self._base),
+            skills=plan_skills(skills, self._base, self._host_env),
             output_file=output_file,
         )
 

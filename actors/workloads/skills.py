@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
+from voidbus.actors.workloads.remote_skill import remote_skill_url
 from voidbus.spec.skill import InlineSkill, McpSkill, OciSkill, ReferenceSkill, Skill
 
 SKILLS_FOLDER = "/workspace/.claude/skills"
-_SKILL_LIMIT = 1024 * 1024
+SKILL_LIMIT = 1024 * 1024
+"""Bytes of a skill, at most."""
+
 _LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
 class SkillFile:
-    """A file of the guest's; `skill` is the one it belongs to, as errors name it."""
+    """A file of the guest's; `skill` is the one it belongs to, as errors name it. What is at `url`
+    stands in place of `content`, where it can be had."""
 
     path: str
     content: bytes = field(repr=False)
     skill: str
+    url: str | None = None
 
     @property
     def inside(self) -> str:
@@ -54,12 +60,15 @@ class SkillPlan:
 NO_SKILLS = SkillPlan()
 
 
-def plan_skills(skills: Sequence[Skill], base: Path) -> SkillPlan:
-    """Read what is on the host; relative paths start at `base`.
+def plan_skills(
+    skills: Sequence[Skill], base: Path, environ: Mapping[str, str] = MappingProxyType({})
+) -> SkillPlan:
+    """Read what is on the host; relative paths start at `base`. `environ` are the host's
+    variables.
 
     Raises ValueError naming the skill whose file can't be read.
     """
-    planner = _Planner(base)
+    planner = _Planner(base, environ)
     for skill in skills:
         planner.take(skill)
     return SkillPlan(
@@ -68,8 +77,9 @@ def plan_skills(skills: Sequence[Skill], base: Path) -> SkillPlan:
 
 
 class _Planner:
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, environ: Mapping[str, str]) -> None:
         self._base = base
+        self._environ = environ
         self.files: dict[str, SkillFile] = {}
         self.servers: dict[str, McpServer] = {}
         self.warnings: list[tuple[str, str]] = []
@@ -91,17 +101,24 @@ class _Planner:
             case _:  # `agent:` and `cli:` say what is there already
                 return
 
-    def _file(self, name: str, content: bytes, skill: str, folder: str | None = None) -> None:
+    def _file(
+        self,
+        name: str,
+        content: bytes,
+        skill: str,
+        folder: str | None = None,
+        url: str | None = None,
+    ) -> None:
         """As the format has it, and where Claude Code itself looks: a folder for each skill."""
         name = PurePosixPath(name).name
         for path in (f"{name}.md", f"{folder or name}/SKILL.md"):
-            self.files[path] = SkillFile(f"{SKILLS_FOLDER}/{path}", content, skill)
+            self.files[path] = SkillFile(f"{SKILLS_FOLDER}/{path}", content, skill, url)
 
     def _host_file(self, value: str) -> None:
         path = self._base / value
         try:
             with path.open("rb") as file:
-                content = file.read(_SKILL_LIMIT)
+                content = file.read(SKILL_LIMIT)
         except OSError as error:
             raise ValueError(
                 f"skill file:{value}: {path} can't be read: {error.strerror}"
@@ -111,17 +128,10 @@ class _Planner:
         self._file(path.stem, content, f"skill file:{value}", folder)
 
     def _remote(self, value: str) -> None:
-        """Nothing is fetched: the agent finds what it may look for, and says so if it needs it."""
-        owner, _, rest = value.partition("/")
-        repository, _, skill = rest.partition("/")
-        where = f"skills/{skill}/SKILL.md" if skill else "SKILL.md"
-        url = f"https://raw.githubusercontent.com/{owner}/{repository}/main/{where}"
-        name = skill.rpartition("/")[2] or repository or owner
+        """Where it can't be had the agent finds what to look for, and says so if it needs it."""
+        name, url = remote_skill_url(value, self._environ)
         text = f"# {name}\n\nThis skill was not fetched. It is at {url}.\n"
-        self._file(name, text.encode(), f"skill remote:{value}")
-        self.warnings.append(
-            (f"remote:{value}", f"it is not fetched by this release; a placeholder names {url}")
-        )
+        self._file(name, text.encode(), f"skill remote:{value}", url=url)
 
     def _server(self, command: str, args: Sequence[str], env: Mapping[str, str]) -> None:
         name = stem = PurePosixPath(command).name[:_LONGEST_NAME] or command

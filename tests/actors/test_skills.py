@@ -93,7 +93,26 @@ def test_a_skill_in_a_folder_of_its_own_keeps_its_name(tmp_path: Path) -> None:
         ("o/r/lint", "lint.md", "o/r/main/skills/lint/SKILL.md"),
     ],
 )
-def test_a_remote_skill_is_a_placeholder_and_a_warning(value: str, file: str, where: str) -> None:
+def test_a_remote_skill_is_fetched(value: str, file: str, where: str) -> None:
+    conductor = FakeConductor()
+    conductor.remote[f"https://raw.githubusercontent.com/{where}"] = b"# Lint"
+    run([f"remote:{value}"], conductor=conductor)
+    folder = file.removesuffix(".md")
+    assert conductor.written[f"{SKILLS}/{file}"] == b"# Lint"
+    assert conductor.written[f"{SKILLS}/{folder}/SKILL.md"] == b"# Lint"
+    assert conductor.stages_running() == ["scout"]
+
+
+@pytest.mark.parametrize(
+    ("value", "file", "where"),
+    [
+        ("o/r", "r.md", "o/r/main/SKILL.md"),
+        ("o/r/lint", "lint.md", "o/r/main/skills/lint/SKILL.md"),
+    ],
+)
+def test_a_remote_skill_that_cannot_be_had_is_a_placeholder_and_a_warning(
+    value: str, file: str, where: str
+) -> None:
     conductor = run([f"remote:{value}"])
     assert where in conductor.written[f"{SKILLS}/{file}"].decode()
     warning = conductor.event("skill.warning")

@@ -75,6 +75,7 @@ class FakeConductor:
         self.commands: dict[str, Command] = {}
         self.files: dict[str, bytes] = {}
         self.written: dict[str, bytes] = {}
+        self.remote: dict[str, bytes] = {}
         self.write_errors: dict[str, str] = {}
         self.verdicts: list[Verdict] = []
         self._calls: list[Callable[[], None]] = []
@@ -113,6 +114,9 @@ class FakeConductor:
     def after_working(self, seconds: float, run: Callable[[], None]) -> None:
         self.delays.append(seconds)
         self.later.append(run)
+
+    def fetch_skill(self, url: str, then: Callable[[bytes | str], None]) -> None:
+        self.call(lambda: then(self.remote.get(url, f"{url} is not there")))
 
     def kept(self, artifact: StoredArtifact) -> None:
         self.stored.append(artifact)
