@@ -34,7 +34,7 @@ from voidbus.spec.policy import Policy
 from voidbus.spec.run import RunSpec
 from voidbus.transport.leaf import Leaf
 from voidbus.vm.descriptors import raise_descriptor_limit
-from voidbus.vm.machine import MachineSpec, Mount
+from voidbus.vm.machine import ImageMount, MachineSpec, Mount
 from voidbus.vm.select import select_machine
 
 log = logging.getLogger("voidbus.run")
@@ -209,6 +209,7 @@ class RunProcess:
             root=sandbox.image,
             host_ports=frozenset(sandbox.host_ports),
             agent=request.agent,
+            images=tuple(ImageMount(*image) for image in request.images),
         )
 
     def _share(self, name: str) -> Path:

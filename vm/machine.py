@@ -33,13 +33,21 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class ImageMount:
+    """A local OCI image (see ``unpack_image``) whose files the guest has below ``guest_path``."""
+
+    reference: str
+    guest_path: str
+
+
+@dataclass(frozen=True)
 class MachineSpec:
     """What to run. ``scratch`` is an existing directory that belongs to this machine alone;
     ``secret`` is 32 bytes; ``allowed_commands`` None allows everything. ``kernel`` and
     ``initramfs`` replace the image's own; ``root`` is a local OCI image (see ``unpack_image``)
     whose file system the programs get; ``host_ports`` are ports of the host's 127.0.0.1 that a
     guest with ``network`` may reach at its gateway; ``agent`` names the agent whose layer (see
-    ``agent_layer``) lies over that root."""
+    ``agent_layer``) lies over that root, and ``images`` lie over both."""
 
     run_id: str
     name: str
@@ -57,6 +65,7 @@ class MachineSpec:
     root: str | None = None
     host_ports: frozenset[int] = frozenset()
     agent: str | None = None
+    images: tuple[ImageMount, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Share:
 class MachineRequest:
     """A machine a workload wants. `stage` is the one stage it is for, None for all of the run;
     `messaging`: its programs reach the run's sidecar; `model` is what they reach by a gateway;
-    `agent` is the agent whose layer it has."""
+    `agent` is the agent whose layer it has, `images` (reference, guest path) the images whose
+    files it has."""
 
     sandbox: SandboxSpec
     stage: str | None = None
@@ -76,6 +77,7 @@ class MachineRequest:
     messaging: bool = False
     model: ModelEndpoint | None = None
     agent: str | None = None
+    images: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

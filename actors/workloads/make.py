@@ -136,6 +136,7 @@ class _Maker:
             messaging=messaging,
             model=settings.launch.endpoint,
             agent=settings.launch.layer,
+            images=settings.skills.images,
         )
         if agent.mode == "service":
             return AgentService(
@@ -187,6 +188,7 @@ class _Maker:
             shares=tuple(given),
             model=launch.endpoint,
             agent=launch.layer,
+            images=settings.skills.images,
         )
         return BoxPlan(settings, request)
 
@@ -220,7 +222,9 @@ class _Maker:
             launch=launch,
             timeout=first_timeout(timeout, self._stage_timeout, DEFAULT_AGENT_TIMEOUT),
             env=resolve_env(sandbox.env, self._host_env),
-            skills=plan_skills(skills, self._base, self._host_env),
+            skills=plan_skills(
+                skills, self._base, self._host_env, takes_images=sandbox.mode != "mock"
+            ),
             output_file=output_file,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -45,10 +46,12 @@ class McpServer:
 
 @dataclass(frozen=True)
 class SkillPlan:
-    """What is to be made of an agent's skills. `warnings` are (skill, what is not done)."""
+    """What is to be made of an agent's skills. `images` are (reference, guest path); `warnings` are
+    (skill, what is not done)."""
 
     files: tuple[SkillFile, ...] = ()
     servers: tuple[McpServer, ...] = ()
+    images: tuple[tuple[str, str], ...] = ()
     warnings: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -61,25 +64,34 @@ NO_SKILLS = SkillPlan()
 
 
 def plan_skills(
-    skills: Sequence[Skill], base: Path, environ: Mapping[str, str] = MappingProxyType({})
+    skills: Sequence[Skill],
+    base: Path,
+    environ: Mapping[str, str] = MappingProxyType({}),
+    *,
+    takes_images: bool = True,
 ) -> SkillPlan:
     """Read what is on the host; relative paths start at `base`. `environ` are the host's
-    variables.
+    variables; `takes_images`: images can be mounted in the machine.
 
     Raises ValueError naming the skill whose file can't be read.
     """
-    planner = _Planner(base, environ)
+    planner = _Planner(base, environ, takes_images)
     for skill in skills:
         planner.take(skill)
     return SkillPlan(
-        tuple(planner.files.values()), tuple(planner.servers.values()), tuple(planner.warnings)
+        tuple(planner.files.values()),
+        tuple(planner.servers.values()),
+        tuple(planner.images),
+        tuple(planner.warnings),
     )
 
 
 class _Planner:
-    def __init__(self, base: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, base: Path, environ: Mapping[str, str], takes_images: bool) -> None:
         self._base = base
         self._environ = environ
+        self._takes_images = takes_images
+        self.images: list[tuple[str, str]] = []
         self.files: dict[str, SkillFile] = {}
         self.servers: dict[str, McpServer] = {}
         self.warnings: list[tuple[str, str]] = []
@@ -91,7 +103,7 @@ class _Planner:
             case McpSkill():
                 self._server(skill.command, skill.args, skill.env)
             case OciSkill():
-                self.warnings.append((skill.image, "OCI skills are not mounted by this release"))
+                self._image(skill)
             case ReferenceSkill(type="file"):
                 self._host_file(skill.value)
             case ReferenceSkill(type="remote"):
@@ -132,6 +144,17 @@ class _Planner:
         name, url = remote_skill_url(value, self._environ)
         text = f"# {name}\n\nThis skill was not fetched. It is at {url}.\n"
         self._file(name, text.encode(), f"skill remote:{value}", url=url)
+
+    def _image(self, skill: OciSkill) -> None:
+        """Its files, and a script that puts its programs on PATH (the format's own)."""
+        if not self._takes_images:
+            self.warnings.append((skill.image, "a mock machine has no images; it is not mounted"))
+            return
+        self.images.append((skill.image, skill.mount))
+        name = PurePosixPath(skill.image.partition("@")[0]).name.partition(":")[0]
+        text = f'export PATH={shlex.quote(skill.mount.rstrip("/") + "/bin")}:"$PATH"\n'
+        path = f"{name or 'image'}_path.sh"
+        self.files[path] = SkillFile(f"{SKILLS_FOLDER}/{path}", text.encode(), skill.image)
 
     def _server(self, command: str, args: Sequence[str], env: Mapping[str, str]) -> None:
         name = stem = PurePosixPath(command).name[:_LONGEST_NAME] or command

@@ -31,10 +31,11 @@ def run(
     llm: dict[str, Any] | None = None,
     conductor: FakeConductor | None = None,
     retries: int = 0,
+    sandbox: dict[str, Any] | None = None,
 ) -> FakeConductor:
     conductor = conductor or FakeConductor()
     agent = {"prompt": "x", "skills": skills, "messaging": messaging or {}}
-    spec = {"kind": "agent", "name": "scout", "llm": llm, "agent": agent}
+    spec = {"kind": "agent", "name": "scout", "llm": llm, "agent": agent, "sandbox": sandbox or {}}
     workload = make_workload(
         RunSpec.model_validate(spec),
         conductor,
@@ -125,8 +126,20 @@ def test_codex_finds_skills_where_it_looks() -> None:
     assert conductor.written["/workspace/.agents/skills/notes/SKILL.md"] == b"x"
 
 
-def test_an_image_is_not_mounted_and_that_is_told() -> None:
-    conductor = run([{"image": "tools:1", "mount": "/tools"}])
+@pytest.mark.parametrize("image", ["/srv/tools:1", "here/tools", "oci:/srv/tools@sha256:ab"])
+def test_an_image_is_the_machines_and_a_script_puts_its_programs_on_path(image: str) -> None:
+    conductor = run([{"image": image, "mount": "/my tools/"}])
+    (opened,) = conductor.machines
+    assert opened.request.images == ((image, "/my tools/"),)
+    script = conductor.written[f"{SKILLS}/tools_path.sh"].decode()
+    assert script == """export PATH='/my tools/bin':"$PATH"\n"""
+    assert "skill.warning" not in conductor.types()
+
+
+def test_a_mock_machine_has_no_images_and_that_is_told() -> None:
+    conductor = run([{"image": "tools:1", "mount": "/tools"}], sandbox={"mode": "mock"})
+    (opened,) = conductor.machines
+    assert opened.request.images == ()
     assert "not mounted" in conductor.event("skill.warning").message
     assert conductor.stages_running() == ["scout"]
 

@@ -107,6 +107,25 @@ def test_an_image_becomes_one_squashfs_that_is_made_once(
     assert [p.name for p in (store / "layers").glob("*.squashfs")] == [image.layer.name]
 
 
+def test_an_image_may_lie_below_a_directory(
+    layout: LayoutBuilder, store: Path, unpacked: dict[str, str]
+) -> None:
+    layout.write_index(layout.image(LAYERS))
+    unpack_image(store, str(layout.root), "/opt/tools/")
+    below = {f"opt/tools/{name}": content for name, content in WHOLE.items()}
+    folders = {name: unpacked[name] for name in ("opt", "opt/tools")}
+    assert unpacked == below | folders
+
+
+@pytest.mark.parametrize("at", ["tools", "", "/a/../../b", "/a\0b", "/" + "x" * 2000])
+def test_what_is_no_directory_for_an_image_is_refused(
+    layout: LayoutBuilder, store: Path, at: str
+) -> None:
+    layout.write_index(layout.image(LAYERS))
+    with pytest.raises(ImageError, match="is no directory for an image"):
+        unpack_image(store, str(layout.root), at)
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["gzip", "plain"])
 def test_a_layout_is_read_as_a_directory_and_as_an_archive(
     layout: LayoutBuilder, store: Path, tmp_path: Path, packed: bool, unpacked: dict[str, str]

@@ -10,7 +10,7 @@ from image_kit import LayoutBuilder, link, member, tar
 from machine_kit import START_WAIT, MakeGuest, machines_of, run, shell
 
 from voidbus.vm.image.store import default_store
-from voidbus.vm.machine import MachineError, Mount
+from voidbus.vm.machine import ImageMount, MachineError, Mount
 from voidbus.vm.qemu.machine import QemuMachine
 
 pytestmark = [pytest.mark.needs("vm", "squashfs"), pytest.mark.timeout(240)]
@@ -64,5 +64,21 @@ def test_an_image_that_is_damaged_is_found_before_the_start(make: MakeGuest, lay
         blob.write_bytes(blob.read_bytes() + b"x")
     guest = make(root=str(layout))
     with pytest.raises(MachineError, match=r"machine m0: .*digest"):
+        guest.machine.start(START_WAIT)
+    assert guest.leases == []
+
+
+def test_images_lie_below_directories_of_the_guest(make: MakeGuest, layout: Path) -> None:
+    guest = make(images=(ImageMount(str(layout), "/opt/tools"),)).start()
+    assert run(guest.channel, "cat", "/opt/tools/etc/name").stdout == b"high"
+    assert run(guest.channel, "/opt/tools/bin/cat", "/opt/tools/etc/name").stdout == b"high"
+    result = shell(guest.channel, "python3 -c 'print(1)'; echo x >/opt/tools/etc/name").result()
+    assert result.stdout == b"1\n", "everything else is as it was"
+    assert b"denied" in result.stderr
+
+
+def test_an_image_to_mount_that_is_not_there_is_found_before_the_start(make: MakeGuest) -> None:
+    guest = make(images=(ImageMount("/nothing/here", "/opt/tools"),))
+    with pytest.raises(MachineError, match="the image /nothing/here does not exist"):
         guest.machine.start(START_WAIT)
     assert guest.leases == []

@@ -10,10 +10,12 @@ names: nothing in an archive can lead to a file of the host.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from voidbus.vm.image.fault import ImageError
@@ -89,14 +91,15 @@ class _Node:
 
 
 def merge_layers(
-    layers: Sequence[LayerSource], out: BinaryIO, limits: Limits | None = None
+    layers: Sequence[LayerSource], out: BinaryIO, limits: Limits | None = None, *, at: str = ""
 ) -> None:
-    """Writes what the layers, the lowest first, come to as a tar archive.
+    """Writes what the layers, the lowest first, come to as a tar archive, below the directory
+    `at`.
 
     Devices are left out (a guest has its own), as are extended attributes. Raises ImageError for
     a layer that is damaged, leads out of the image or is over the limits; OSError.
     """
-    tree = _Tree(limits or Limits())
+    tree = _Tree(limits or Limits(), at)
     for number, layer in enumerate(layers):
         with layer.open() as stream:
             for ordinal, member in enumerate(members(stream, tree.bytes_left, layer.name)):
@@ -138,8 +141,9 @@ def _header(path: str, inode: _Inode) -> tarfile.TarInfo:
 class _Tree:
     """The names as they are after the layers read so far."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, at: str) -> None:
         self.limits = limits
+        self._at = at
         self.bytes_left = limits.bytes
         self.files: dict[tuple[int, int], _Inode] = {}
         self._entries = 0
@@ -320,13 +324,15 @@ class _Tree:
 
     def without_content(self) -> Iterator[tarfile.TarInfo]:
         """The headers of everything but files, directories before what they hold."""
+        for folder in reversed(PurePosixPath(self._at).parents[:-1]):
+            yield _header(os.fspath(folder), self._root.inode)
         for path, node in self._all():
             if node.inode.kind != tarfile.REGTYPE:
                 yield _header(path, node.inode)
 
     def _all(self) -> Iterator[tuple[str, _Node]]:
         """Every name with its path, sorted, directories first."""
-        rest = [("", self._root)]
+        rest = [(self._at, self._root)]
         while rest:
             path, node = rest.pop()
             if path:

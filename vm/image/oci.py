@@ -7,9 +7,10 @@ pulled from anywhere.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from voidbus.vm.image.fault import ImageError
@@ -53,21 +54,34 @@ class OciImage:
     layer: Path
 
 
-def unpack_image(root: Path, reference: str) -> OciImage:
-    """The image that `reference` names, in the store at `root`; its layer is made once.
+def unpack_image(root: Path, reference: str, at: str = "/") -> OciImage:
+    """The image that `reference` names, in the store at `root`; its layer is made once. It has the
+    image's files below the directory `at`.
 
     `reference` is a layout's directory or archive, with `:TAG` behind it where it holds several
     images. Raises ImageError: it is no local image, damaged, hostile or too large.
     """
+    place = _place(at)
     path, tag = _local(reference)
     with open_layout(path) as layout:
         digest, manifest = _manifest(layout, tag, reference)
         config, diff_ids = _config(layout, manifest)
         layers = _layers(layout, manifest, diff_ids)
         layer = layer_of_tar(
-            root, f"oci {digest}", reference, lambda out: merge_layers(layers, out)
+            root,
+            f"oci {digest} {place}".rstrip(),
+            reference,
+            lambda out: merge_layers(layers, out, at=place),
         )
     return OciImage(reference, digest, config, layer)
+
+
+def _place(at: str) -> str:
+    """The directory as archives have it. Raises ImageError."""
+    path = PurePosixPath(at)
+    if not path.is_absolute() or ".." in path.parts or "\0" in at or len(os.fsencode(at)) > 1024:
+        raise ImageError(f"{at[:200]!r} is no directory for an image; give an absolute path")
+    return os.fspath(path.relative_to("/")) if path != PurePosixPath("/") else ""
 
 
 def _local(reference: str) -> tuple[Path, str]:

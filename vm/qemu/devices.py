@@ -150,7 +150,7 @@ class Devices:
             self._arguments += [f"tsc_early_khz={khz}", "tsc=reliable"]
 
     def _add_disks(self) -> None:
-        disks = [*self._image.layers, *self._agent_layer()]
+        disks = [*self._image.layers, *self._agent_layer(), *self._image_layers()]
         if disks:
             names = ",".join(_disk_name(number) for number in range(len(disks)))
             self._arguments.append(f"voidbus.layers={names}")
@@ -174,6 +174,17 @@ class Devices:
             if self._spec.root is None:
                 raise
             return []
+
+    def _image_layers(self) -> list[Path]:
+        """The layers of the images whose files lie somewhere in the guest."""
+        images = self._spec.images
+        if images and self._image.name == GIVEN:
+            raise ValueError(
+                f"the image {images[0].reference} can't be mounted in a guest of another kernel "
+                "and initramfs than voidbus's own; leave these out"
+            )
+        root = default_store().root
+        return [unpack_image(root, each.reference, each.guest_path).layer for each in images]
 
     def _add_vsock(self, here: Path) -> None:
         vsock = VhostUserVsock(
