@@ -15,13 +15,10 @@ from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
 from voidbus.vm.guest.boot_line import MORE_BYTES
-from voidbus.vm.image.agent_layers import agent_layer
 from voidbus.vm.image.guest_image import GIVEN
-from voidbus.vm.image.oci import unpack_image
 from voidbus.vm.image.store import (
     GuestImage,
     ImageError,
-    default_store,
     image_for,
     require_memory,
 )
@@ -41,6 +38,7 @@ from voidbus.vm.qemu.command import (
 )
 from voidbus.vm.qemu.host_clock import counter_khz
 from voidbus.vm.qemu.user import qemu_user, readable
+from voidbus.vm.root_disks import disk_name, root_disks
 
 GUEST_CID = 3
 """The guest's vsock address: each machine has a vsock of its own, so the first free one does."""
@@ -150,41 +148,11 @@ class Devices:
             self._arguments += [f"tsc_early_khz={khz}", "tsc=reliable"]
 
     def _add_disks(self) -> None:
-        disks = [*self._image.layers, *self._agent_layer(), *self._image_layers()]
-        if disks:
-            names = ",".join(_disk_name(number) for number in range(len(disks)))
-            self._arguments.append(f"voidbus.layers={names}")
-        if self._spec.root is not None:
-            root = unpack_image(default_store().root, self._spec.root)
-            self.env = root.config.env
-            self._arguments.append(f"voidbox.oci_rootfs_dev=/dev/{_disk_name(len(disks))}")
-            disks.append(root.layer)
-        for disk in disks:
+        root = root_disks(self._spec, self._image)
+        self.env = root.env
+        self._arguments += root.arguments
+        for disk in root.disks:
             self._add_disk(disk)
-
-    def _agent_layer(self) -> list[Path]:
-        """The layer of the machine's agent. An image of the user's own may bring the agent itself,
-        and two files that are not ours may know nothing of layers."""
-        agent = self._spec.agent
-        if agent is None or self._image.name == GIVEN:
-            return []
-        try:
-            return [agent_layer(default_store().root, agent).layer]
-        except ImageError:
-            if self._spec.root is None:
-                raise
-            return []
-
-    def _image_layers(self) -> list[Path]:
-        """The layers of the images whose files lie somewhere in the guest."""
-        images = self._spec.images
-        if images and self._image.name == GIVEN:
-            raise ValueError(
-                f"the image {images[0].reference} can't be mounted in a guest of another kernel "
-                "and initramfs than voidbus's own; leave these out"
-            )
-        root = default_store().root
-        return [unpack_image(root, each.reference, each.guest_path).layer for each in images]
 
     def _add_vsock(self, here: Path) -> None:
         vsock = VhostUserVsock(
@@ -242,7 +210,7 @@ class Devices:
         text = " ".join(self._mount_arguments).encode()
         if len(text) > MORE_BYTES:
             raise ValueError("the guest paths of the mounts are too long; use shorter ones")
-        self._arguments.append(f"voidbus.more={_disk_name(len(self._disks))}")
+        self._arguments.append(f"voidbus.more={disk_name(len(self._disks))}")
         with contextlib.ExitStack() as stack:
             memory = os.memfd_create("voidbus-more", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             stack.callback(os.close, memory)
@@ -328,11 +296,6 @@ class Devices:
         """Close everything, last first. Again is fine."""
         self._handed.close()
         self._open.close()
-
-
-def _disk_name(number: int) -> str:
-    """The guest's name for its block device: they are numbered in the order QEMU gets them."""
-    return f"vd{chr(ord('a') + number)}"
 
 
 def _hostname(text: str) -> str:
