@@ -220,7 +220,7 @@ def _machines() -> list[Check]:
             status = "note"
         name = f"machine {support.machine}"
         checks.append(Check(name, status, support.detail, support.remedy or ""))
-    return [*checks, _guest_image(), _network()]
+    return [*checks, _guest_image(), _agents(), _network()]
 
 
 def _guest_image() -> Check:
@@ -231,6 +231,23 @@ def _guest_image() -> Check:
     except ImageError as error:
         return Check("guest image", "problem", str(error), "voidbus image build")
     return Check("guest image", "ok", f"{image.name} {image.digest[:12]}")
+
+
+def _agents() -> Check:
+    from voidbus.vm.image.agent_layers import AGENTS, agent_layers
+    from voidbus.vm.image.store import ImageError, default_store
+
+    try:
+        found = agent_layers(default_store().root)
+    except ImageError as error:
+        return Check("agents", "note", str(error))
+    there = ", ".join(f"{layer.name} {layer.version}" for layer in found)
+    lacking = [name for name in sorted(AGENTS) if name not in {layer.name for layer in found}]
+    if not lacking:
+        return Check("agents", "ok", there)
+    missing = f"no layer of {' and '.join(lacking)}: machines can't run what they lack"
+    remedy = "; ".join(f"voidbus image build {name}" for name in lacking)
+    return Check("agents", "note", f"{there}; {missing}" if there else missing, remedy)
 
 
 def _network() -> Check:

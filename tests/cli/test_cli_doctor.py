@@ -14,6 +14,8 @@ import pytest
 from fake_supervisor import FakeSupervisor
 
 from voidbus.cli.checks import Check, examine
+from voidbus.vm.image import agent_layers
+from voidbus.vm.image.agent_layers import AgentLayer
 from voidbus.vm.support import Support
 
 Voidbus = Callable[..., Any]
@@ -43,7 +45,7 @@ def test_json_has_every_check(voidbus: Voidbus) -> None:
     assert [check["name"] for check in checks] == [
         *("kernel", "python", "zeromq", "pidfd", "open files", "state directory", "sockets"),
         *("disk space", "supervisor", "machine qemu", "machine kvm", "machine process"),
-        *("guest image", "guest network"),
+        *("guest image", "agents", "guest network"),
     ]
     assert set(checks[0]) == {"name", "status", "detail", "remedy"}
     sound = all(check["status"] != "problem" for check in checks)
@@ -77,6 +79,21 @@ def test_a_host_without_a_guest_image_is_told_how_to_build_one(
         monkeypatch.delenv(variable, raising=False)
     check = found(state, "guest image")
     assert (check.status, check.remedy) == ("problem", "voidbus image build")
+
+
+def test_agents_without_a_layer_are_noted_with_the_command_that_makes_it(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check = found(state, "agents")
+    assert check.status == "note"
+    assert check.detail.startswith("no layer of claude and codex")
+    assert check.remedy == "voidbus image build claude; voidbus image build codex"
+    layer = AgentLayer("claude", "1.2", "@x/claude", tmp_path, 1, ())
+    monkeypatch.setattr(agent_layers, "agent_layers", lambda _: [layer])
+    check = found(state, "agents")
+    assert check.detail.startswith("claude 1.2; no layer of codex")
+    assert check.remedy == "voidbus image build codex"
 
 
 def test_a_running_supervisor_is_asked(voidbus: Voidbus, supervisor: FakeSupervisor) -> None:
