@@ -82,6 +82,10 @@ def _has_codex() -> bool:
     return codex_program() is not None
 
 
+def _has_kvm_headers() -> bool:
+    return Path("/usr/include/linux/kvm.h").exists() and shutil.which("cc") is not None
+
+
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
@@ -97,6 +101,8 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "claude": _has_claude,
     "codex": _has_codex,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "kvm-headers": _has_kvm_headers,
+    "iasl": lambda: shutil.which("iasl") is not None,
 }
 
 

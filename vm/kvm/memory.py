@@ -1,0 +1,68 @@
+"""Guest memory: one sealed memfd, mapped here and given to KVM, with a hole for devices."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+from typing import NamedTuple
+
+from voidbus.vm.devices.memory import PAGE, GuestMemory, MemoryRegion
+
+LOW_END = 0xC000_0000
+"""Where memory below 4 GiB ends at the latest. Above are devices, and the APICs' own addresses
+(0xFEC00000 and on); so PC firmware lays it out, and Linux takes whatever the e820 map says."""
+HIGH_START = 0x1_0000_0000
+"""Where memory goes on that has no room below."""
+
+
+class Slot(NamedTuple):
+    """A piece of guest memory, and its address in this process."""
+
+    address: int
+    size: int
+    host_address: int
+
+
+class Ram:
+    """``size`` bytes of guest memory from address 0 on. Owns the memfd and its mappings."""
+
+    def __init__(self, size: int) -> None:
+        """``size`` in bytes, whole pages. Raises OSError, ValueError, GuestMemoryError."""
+        if size <= 0 or size % PAGE:
+            raise ValueError(f"guest memory of {size} bytes is not a number of pages")
+        self.size = size
+        self.fd = os.memfd_create("voidbus-guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self.fd)
+            os.ftruncate(self.fd, size)
+            # Memory that shrinks under a mapping would be SIGBUS in this process.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            low = min(size, LOW_END)
+            regions = [MemoryRegion.map(self.fd, 0, low, 0)]
+            undo.callback(regions[0].close)
+            if size > low:
+                regions.append(MemoryRegion.map(self.fd, low, size - low, HIGH_START))
+            undo.pop_all()
+        self.memory = GuestMemory(regions)
+        """The same, to read and write under bounds checks."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What KVM is to be told of it. The addresses hold until ``close``."""
+        return tuple(
+            Slot(
+                region.address,
+                region.size,
+                ctypes.addressof(ctypes.c_char.from_buffer(region.view)),
+            )
+            for region in self.memory.regions
+        )
+
+    def close(self) -> None:
+        """Unmap and free; no vCPU may run any more. Again is fine."""
+        self.memory.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
