@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from voidbus.vm.kvm.bus import Bus, Registers
+from voidbus.vm.devices.bus import Bus, Registers
 from voidbus.vm.kvm.ending import Ending
 from voidbus.vm.kvm.memory import Ram
 from voidbus.vm.kvm.structures import KvmRegs

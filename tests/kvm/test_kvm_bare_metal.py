@@ -9,8 +9,8 @@ import time
 import pytest
 from bare_metal import CODE, MIB, WAIT, BareMachine, Recorder, bare_machine
 
+from voidbus.vm.devices.bus import Registers
 from voidbus.vm.devices.faults import DeviceError
-from voidbus.vm.kvm.bus import Registers
 from voidbus.vm.kvm.ending import Ending, EndKind
 from voidbus.vm.kvm.memory import LOW_END, Ram
 

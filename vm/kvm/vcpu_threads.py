@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from voidbus.vm.devices.bus import Bus
 from voidbus.vm.devices.faults import DeviceError
 from voidbus.vm.devices.memory import GuestMemory
-from voidbus.vm.kvm.bus import Bus
 from voidbus.vm.kvm.calls import KvmError
 from voidbus.vm.kvm.ending import Ending, EndKind, system_event, unable
 from voidbus.vm.kvm.vcpu import KICK, ExitReason, Vcpu
