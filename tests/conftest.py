@@ -82,6 +82,12 @@ def _has_codex() -> bool:
     return codex_program() is not None
 
 
+def _has_kvm_hardware() -> bool:
+    from voidbus.vm.qemu.acceleration import find_acceleration
+
+    return find_acceleration().name == "kvm"
+
+
 def _has_kvm_headers() -> bool:
     return Path("/usr/include/linux/kvm.h").exists() and shutil.which("cc") is not None
 
@@ -101,6 +107,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "claude": _has_claude,
     "codex": _has_codex,
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "kvm-hardware": _has_kvm_hardware,
     "kvm-headers": _has_kvm_headers,
     "iasl": lambda: shutil.which("iasl") is not None,
 }
