@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import threading
 import time
 
 import pytest
@@ -24,6 +26,21 @@ COUNTING = """
     fe c0           ; inc al
     eb fa           ; jmp to the start
 """
+
+
+class Meeting(Registers):
+    """Keeps whoever writes until everybody has written: two vCPUs at the same time."""
+
+    def __init__(self) -> None:
+        self.met = threading.Event()
+        self._barrier = threading.Barrier(2, self.met.set, WAIT)
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._barrier.wait()
 
 
 def test_a_guest_writes_to_ports_with_every_width() -> None:
@@ -228,26 +245,30 @@ def test_a_guest_that_has_ended_can_not_be_paused() -> None:
 def test_two_vcpus_run_at_the_same_time() -> None:
     with bare_machine(vcpus=2) as machine:
         machine.load("""
+            f3 90           ; pause
             80 3e 00 20 01  ; cmp byte [0x2000], 1
-            75 f9           ; jne to the start: wait for the other one
+            75 f7           ; jne to the pause: wait for the other one
             c6 06 01 20 01  ; mov byte [0x2001], 1
-            eb fe           ; jmp to itself
+            e6 10           ; out 0x10, al: it waits there
+            f4              ; hlt
         """)
         machine.load(
             """
             c6 06 00 20 01  ; mov byte [0x2000], 1
+            f3 90           ; pause
             80 3e 01 20 01  ; cmp byte [0x2001], 1
-            75 f9           ; jne to the instruction before
-            e6 10           ; out 0x10, al
-            eb fe           ; jmp to itself
+            75 f7           ; jne to the pause
+            e6 11           ; out 0x11, al
+            f4              ; hlt
             """,
             0x3000,
         )
-        device = Recorder()
-        machine.ports.add(0x10, 1, device, "recorder")
+        device = Meeting()
+        machine.ports.add(0x10, 2, device, "meeting")
         machine.enter_at(machine.vcpus[1], 0x3000)
         machine.start()
-        device.wait_for(1)
+        assert device.met.wait(WAIT)
+        machine.threads.stop()
 
 
 def test_an_end_of_one_vcpu_ends_the_other_and_is_told_once() -> None:
