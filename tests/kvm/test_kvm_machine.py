@@ -1,0 +1,84 @@
+"""Machines on `/dev/kvm`, with the stock kernel and image, where the processor can run them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
+from mount_kit import MountConformance
+from watch_kit import FileWatchConformance
+
+from voidbus.vm.image.cpio import directory, write_archive
+from voidbus.vm.image.store import default_store
+from voidbus.vm.kvm.guest_devices import MAX_DEVICES
+from voidbus.vm.kvm.machine import KvmMachine
+from voidbus.vm.machine import MachineError, Mount
+
+pytestmark = [pytest.mark.needs("kvm-hardware", "image"), pytest.mark.timeout(600)]
+
+
+def make_mounts(folder: Path, count: int) -> tuple[Mount, ...]:
+    """Directories with a file each, and long paths in the guest; every other one is writable."""
+    mounts = []
+    for number in range(count):
+        given = folder / f"given{number}"
+        given.mkdir()
+        (given / "name").write_text(f"{number}\n")
+        guest_path = f"/data/{'a-rather-long-name-for-a-directory' * 4}/of-the-guest/{number}"
+        mounts.append(Mount(given, guest_path, writable=number % 2 == 1))
+    return tuple(mounts)
+
+
+class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance):
+    machine_type = KvmMachine
+
+    def test_it_says_that_it_isolates(self) -> None:
+        assert (KvmMachine.name, KvmMachine.isolation) == ("kvm", "vm")
+
+    def test_programs_run_as_a_user_without_privileges(self, shared: Guest) -> None:
+        assert run(shared.channel, "id", "-u").stdout == b"1000\n"
+
+    def test_a_guest_of_two_processors_boots_with_few_exits_and_the_clock_of_kvm(
+        self, make: MakeGuest
+    ) -> None:
+        guest = make(vcpus=2).start()
+        assert isinstance(guest.machine, KvmMachine)
+        assert sum(guest.machine.exits.values()) < 2000
+        source = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+        said = shell(guest.channel, f"nproc; cat {source}").result().stdout
+        assert said == b"2\nkvm-clock\n"
+
+    def test_a_guest_that_never_answers_is_told_with_its_last_lines(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        empty = tmp_path / "empty.cpio"
+        with empty.open("wb") as file:
+            write_archive([directory("dev")], file)
+        guest = make(kernel=default_store().current().kernel, initramfs=empty)
+        with pytest.raises(MachineError) as caught:
+            guest.machine.start(START_WAIT)
+        text = str(caught.value)
+        assert "machine m0: the guest has ended: reset by a triple fault" in text
+        assert "Kernel panic" in text
+        assert guest.exited.wait(WAIT)
+
+    def test_a_start_ends_at_its_deadline(self, make: MakeGuest) -> None:
+        guest = make()
+        began = time.monotonic()
+        with pytest.raises(MachineError, match=r"m0: the guest did not answer in 0\.\d+ s"):
+            guest.machine.start(0.3)
+        assert time.monotonic() - began < START_WAIT
+        assert guest.exited.wait(WAIT)
+
+    def test_a_machine_full_of_mounts_has_them_all(self, make: MakeGuest, tmp_path: Path) -> None:
+        # With vsock, entropy, and the disk that tells of mounts for which the line has no room.
+        mounts = make_mounts(tmp_path, MAX_DEVICES - 3)
+        guest = make(mounts=mounts).start()
+        paths = [mount.guest_path for mount in mounts]
+        names = run(guest.channel, "cat", *(f"{path}/name" for path in paths)).stdout
+        assert names.split() == [str(number).encode() for number in range(len(mounts))]
+        assert shell(guest.channel, f"echo x >{paths[1]}/new").result().exit_code == 0
+        assert shell(guest.channel, f"echo x >{paths[0]}/new").result().exit_code != 0
+        assert b"voidbus.more=vda" in run(guest.channel, "cat", "/proc/cmdline").stdout

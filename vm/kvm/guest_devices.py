@@ -1,0 +1,287 @@
+"""What a KVM machine has besides processors and memory: vsock, disks, mounts, network; and what its
+kernel is told of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from voidbus.vm.devices.block import SECTOR, BlockDevice
+from voidbus.vm.devices.device import VirtioDevice
+from voidbus.vm.devices.entropy import EntropyDevice
+from voidbus.vm.devices.event_loop import EventLoop
+from voidbus.vm.devices.memory import GuestMemory
+from voidbus.vm.devices.network_card import NetworkCard
+from voidbus.vm.devices.share_nodes import ShareLimits
+from voidbus.vm.devices.shared_directory import SharedDirectory
+from voidbus.vm.devices.virtio_fs import VirtioFs
+from voidbus.vm.devices.virtio_mmio import REGISTERS_BYTES, VirtioMmio
+from voidbus.vm.devices.vsock import VsockDevice
+from voidbus.vm.devices.vsock_sockets import HostSockets, open_host_port
+from voidbus.vm.guest.boot_line import MORE_BYTES
+from voidbus.vm.image.guest_image import GIVEN
+from voidbus.vm.image.oci import unpack_image
+from voidbus.vm.image.store import GuestImage, default_store
+from voidbus.vm.kvm.acpi_tables import MmioDevice
+from voidbus.vm.kvm.kernel_line import kernel_line
+from voidbus.vm.kvm.memory import LOW_END
+from voidbus.vm.kvm.virtual_machine import IO_APIC_PINS
+from voidbus.vm.machine import Lease, MachineSpec
+from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
+from voidbus.vm.network.rules import NetworkRules
+from voidbus.vm.network.user_network import UserNetwork
+
+GUEST_CID = 3
+"""The guest's vsock address: each machine has a vsock of its own, so the first free one does."""
+
+VSOCK_SOCKET = "vsock.sock"
+"""Where programs of the host reach the guest's ports, in the machine's directory."""
+
+FIRST_ADDRESS = LOW_END + 0x1000_0000
+"""Where the devices' registers begin: above memory, a page each."""
+FIRST_LINE = 5
+"""Their first interrupt line; the ones below are a PC's timer, keyboard and serial ports."""
+MAX_DEVICES = IO_APIC_PINS - FIRST_LINE
+"""Devices there are lines for: each has its own, as edges on a shared one get lost."""
+
+_FINAL = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_HOSTNAME_BYTES = 63  # hostname(7)
+
+
+class TooManyDevices(ValueError):
+    """There are no lines for so many."""
+
+
+class GuestDevices:
+    """Opened in order, closed in reverse. ``on_failed`` is called, on a device's thread, when one
+    can't go on."""
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        image: GuestImage,
+        memory: GuestMemory,
+        *,
+        on_failed: Callable[[str], None],
+        on_lease: Callable[[Lease], None],
+    ) -> None:
+        """``memory`` is the caller's and outlives this."""
+        self._spec = spec
+        self._image = image
+        self._memory = memory
+        self._on_failed = on_failed
+        self._on_lease = on_lease
+        self._open = contextlib.ExitStack()
+        self._loops: list[EventLoop] = []
+        self._vsock: VsockDevice
+        self._vsock_loop: EventLoop
+        self._disk_loop: EventLoop
+        self._network: UserNetwork | None = None
+        self._here: Path
+        self._disks = 0
+        self._arguments: list[str] = []
+        self.transports: list[VirtioMmio] = []
+        """The devices, in the order of their addresses and lines."""
+        self.env: tuple[tuple[str, str], ...] = ()
+        """What the image that is the root says of its programs' environment."""
+
+    @property
+    def kernel_line(self) -> str:
+        """What the kernel is told, the secret among it. Raises ValueError (too long)."""
+        return kernel_line(self._arguments)
+
+    @property
+    def places(self) -> list[MmioDevice]:
+        """Where each of ``transports`` is."""
+        return [
+            MmioDevice(FIRST_ADDRESS + number * REGISTERS_BYTES, REGISTERS_BYTES, line)
+            for number, line in enumerate(range(FIRST_LINE, FIRST_LINE + len(self.transports)))
+        ]
+
+    def open(self, deadline: float) -> None:
+        """Open everything; only what serves the network runs yet. Once. Raises OSError, ValueError,
+        ImageError, MountError, NetworkError; ``close`` is due all the same."""
+        spec = self._spec
+        self._arguments = [
+            f"voidbox.secret={spec.secret.hex()}",
+            f"voidbox.clock={time.time():.3f}",
+            f"voidbus.hostname={_hostname(spec.run_id)}",
+        ]
+        # A path through the opened directory is short, however long the directory's own is.
+        folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._open.callback(os.close, folder)
+        self._here = Path(f"/proc/self/fd/{folder}")
+        self._add_disks()
+        self._add_vsock()
+        mounts = [self._add_mount(number) for number in range(len(spec.mounts))]
+        if spec.network:
+            self._add_network(deadline)
+        self._tell_of_mounts(mounts)
+        self._add(EntropyDevice(), self._vsock_loop)
+        kernel_line(self._arguments)
+        if len(self.transports) > MAX_DEVICES:
+            raise TooManyDevices(
+                f"{len(self.transports)} devices, but a machine has room for {MAX_DEVICES}; mount "
+                "fewer directories"
+            )
+        self._on_lease(Lease("path", path=spec.scratch / VSOCK_SOCKET))
+
+    def start(self) -> None:
+        """Start their threads. Once. Raises RuntimeError."""
+        for loop in self._loops:
+            loop.start()
+
+    def stop(self) -> None:
+        """End their threads. A guest that still runs finds devices that do nothing any more."""
+        for loop in self._loops:
+            loop.close()
+
+    # -- each kind ------------------------------------------------------------------------
+
+    def _loop(self, name: str) -> EventLoop:
+        loop = EventLoop(f"{self._spec.name}-{name}", self._on_failed)
+        self._open.callback(loop.close)
+        self._loops.append(loop)
+        return loop
+
+    def _add(self, device: VirtioDevice, loop: EventLoop) -> None:
+        transport = VirtioMmio(device, self._memory, loop)
+        self._open.callback(transport.close)
+        transport.attach()
+        # Closed in reverse: the loop's end before the transport's, which has no more to lose.
+        self._open.callback(loop.close)
+        self.transports.append(transport)
+
+    def _add_disks(self) -> None:
+        self._disk_loop = self._loop("disks")
+        layers = list(self._image.layers)
+        if layers:
+            names = ",".join(_disk_name(number) for number in range(len(layers)))
+            self._arguments.append(f"voidbus.layers={names}")
+        if self._spec.root is not None:
+            root = unpack_image(default_store().root, self._spec.root)
+            self.env = root.config.env
+            self._arguments.append(f"voidbox.oci_rootfs_dev=/dev/{_disk_name(len(layers))}")
+            layers.append(root.layer)
+        for layer in layers:
+            self._add_disk(layer)
+
+    def _add_disk(self, path: Path) -> None:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            device = BlockDevice(file, f"layer{self._disks}")
+        except BaseException:
+            os.close(file)
+            raise
+        self._add(device, self._disk_loop)
+        self._disks += 1
+
+    def _add_vsock(self) -> None:
+        path = self._here / VSOCK_SOCKET
+        self._vsock_loop = self._loop("vsock")
+        self._vsock = VsockDevice(GUEST_CID, functools.partial(open_host_port, path))
+        self._add(self._vsock, self._vsock_loop)
+        HostSockets(path, self._vsock.connect).listen(self._vsock_loop)
+
+    def _add_mount(self, number: int) -> str:
+        """Share a directory; what the kernel is told of it."""
+        mount, tag = self._spec.mounts[number], f"mount{number}"
+        if mount.writable:
+            mount.host_path.mkdir(parents=True, exist_ok=True)
+        limits = ShareLimits.of_process(len(self._spec.mounts))
+        share = SharedDirectory(mount.host_path, writable=mount.writable, limits=limits)
+        try:
+            device = VirtioFs(share, tag)
+            loop = self._loop(tag)  # its requests wait for the host's disk
+        except BaseException:
+            share.close()
+            raise
+        self._add(device, loop)
+        return f"voidbox.{tag}={tag}:{mount.guest_path}:{'rw' if mount.writable else 'ro'}"
+
+    def _add_network(self, deadline: float) -> None:
+        network = UserNetwork(
+            self._here,
+            NetworkRules(self._spec.host_ports),
+            name=f"{self._spec.name}-net",
+            on_failed=self._on_failed,
+            on_lease=self._on_lease,
+        )
+        self._open.callback(network.close)
+        network.start(max(0.0, deadline - time.monotonic()))
+        self._network = network
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)  # the one that listens is ours, with room for one
+            sock.connect(os.fspath(network.socket_path))
+            card = NetworkCard(sock, MAC, MTU)
+        except BaseException:
+            sock.close()
+            raise
+        self._add(card, self._vsock_loop)
+        self._arguments.append("voidbox.network=1")
+
+    def _tell_of_mounts(self, mounts: list[str]) -> None:
+        """On the kernel's command line, as the protocol has it. Where they have no room there, a
+        guest of ours reads them from a disk; any other gets the error of a line that is too long.
+        Raises ValueError."""
+        try:
+            kernel_line([*self._arguments, *mounts])
+            fits = True
+        except ValueError:
+            fits = False
+        if fits or self._image.name == GIVEN:
+            self._arguments += mounts
+            return
+        text = " ".join(mounts).encode()
+        if len(text) > MORE_BYTES:
+            raise ValueError("the guest paths of the mounts are too long; use shorter ones")
+        self._arguments.append(f"voidbus.more={_disk_name(self._disks)}")
+        memory = os.memfd_create("voidbus-more", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.write(memory, text.ljust(-len(text) // SECTOR * -SECTOR, b"\0"))
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _FINAL)
+            self._add_disk(Path(f"/proc/self/fd/{memory}"))
+        finally:
+            os.close(memory)
+
+    # -- the guest's ports ------------------------------------------------------------------
+
+    def connect(self, port: int) -> socket.socket:
+        """A stream to a port of the guest, as `VhostUserVsock.connect` gives it. Raises
+        ConnectionError."""
+        ours, theirs = socket.socketpair()
+        if not self._vsock_loop.call(functools.partial(self._vsock.connect, port, theirs)):
+            ours.close()
+            theirs.close()
+            raise ConnectionError(f"{self._spec.name}: the socket device is not running")
+        return ours
+
+    def offer_host_port(self, port: int) -> str | None:
+        """See ``Machine.offer_host_port``."""
+        if self._network is None:
+            return None
+        self._network.allow_host_port(port)
+        return str(GATEWAY)
+
+    def close(self) -> None:
+        """End their threads and close everything, last first; no vCPU runs any more. Again is
+        fine."""
+        self._open.close()
+
+
+def _disk_name(number: int) -> str:
+    """The guest's name for its block device: Linux numbers them in the order it finds them."""
+    return f"vd{chr(ord('a') + number)}"
+
+
+def _hostname(text: str) -> str:
+    """A host name of it: letters, digits and hyphens (hostname(7))."""
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
+    return kept[:_HOSTNAME_BYTES].strip("-") or "guest"
