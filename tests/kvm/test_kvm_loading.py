@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from voidbus.vm.devices.faults import GuestMemoryError
 from voidbus.vm.kvm.kernel_file import KernelError, Segment, read_kernel
 from voidbus.vm.kvm.kernel_line import kernel_line
 from voidbus.vm.kvm.loading import (
@@ -79,7 +80,7 @@ def ram() -> Iterator[Ram]:
 
 def load_into(ram: Ram, kernel: bytes, initramfs: bytes = b"", line: str = "quiet") -> int:
     with opened(kernel) as kernel_file, opened(initramfs) as initramfs_file:
-        return load(ram.memory, kernel_file, initramfs_file, line, 1, ())
+        return load(ram, kernel_file, initramfs_file, line, 1, ())
 
 
 def test_an_elf_kernel_goes_where_its_segments_say_and_is_entered_at_its_entry(ram: Ram) -> None:
@@ -145,6 +146,45 @@ def test_the_first_4_gib_are_mapped_to_themselves(ram: Ram) -> None:
         page = entry(second, address >> 21 & 511)
         assert page & 0x80
         assert page & ~0x1F_FFFF == address
+
+
+BIG = b"".join(struct.pack("<Q", number) for number in range(3000))  # six pages, nearly
+
+
+def aligned_elf() -> bytes:
+    """Its segment begins at a page of the file, as a real vmlinux's do, and more comes after."""
+    plain = elf((1, START, BIG, 40_000))
+    head = bytearray(plain[: 64 + 56])
+    struct.pack_into("<Q", head, 64 + 8, 4096)
+    return bytes(head).ljust(4096, b"\0") + BIG + b"behind" * 1000
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_files_are_in_memory_whether_read_or_mapped_and_stay_as_they_are(
+    ram: Ram, lasting: bool
+) -> None:
+    archive = b"070701" * 3000
+    with opened(aligned_elf()) as kernel, opened(archive) as initramfs:
+        load(ram, kernel, initramfs, "quiet", 1, (), lasting=lasting)
+        assert ram.memory.read(START, 40_000) == BIG + bytes(40_000 - len(BIG))
+        address, size = struct.unpack("<II", ram.memory.read(ZERO_PAGE + 0x218, 8))
+        assert ram.memory.read(address, size) == archive
+        ram.memory.write(START, b"written by the guest")
+        ram.memory.write(address, b"written by the guest")
+        assert os.pread(kernel, len(BIG), 4096) == BIG
+        assert os.pread(initramfs, size, 0) == archive
+        assert ram.memory.read(START, 7) == b"written"
+
+
+def test_what_does_not_align_is_not_mapped(ram: Ram) -> None:
+    with opened(BIG) as file:
+        assert ram.map_file(file, 8, 8192, START) == 0
+        assert ram.map_file(file, 0, 8192, START + 8) == 0
+        assert ram.map_file(file, 0, 4095, START) == 0
+        assert ram.map_file(file, 4096, 8191, START) == 4096
+        assert ram.memory.read(START, 4096) == BIG[4096:8192]
+        with pytest.raises(GuestMemoryError):
+            ram.map_file(file, 0, 8192, 64 * MIB - 4096)
 
 
 @pytest.mark.parametrize(
@@ -229,4 +269,4 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(
 
         monkeypatch.setattr(os, "preadv", shorter)
         with pytest.raises(KernelError, match="became shorter"):
-            load(ram.memory, kernel_file, initramfs_file, "quiet", 1, ())
+            load(ram, kernel_file, initramfs_file, "quiet", 1, ())

@@ -18,6 +18,7 @@ from voidbus.vm.devices.faults import GuestMemoryError
 from voidbus.vm.devices.memory import PAGE, GuestMemory
 from voidbus.vm.kvm.acpi_tables import TABLES_ADDRESS, TABLES_END, MmioDevice, acpi_tables
 from voidbus.vm.kvm.kernel_file import HEADER_START, Kernel, KernelError, read_kernel
+from voidbus.vm.kvm.memory import Ram
 
 DESCRIPTOR_TABLE = 0x500
 ZERO_PAGE = 0x7000
@@ -42,19 +43,23 @@ _PRESENT_WRITABLE, _LARGE = 3, 0x80
 
 
 def load(
-    memory: GuestMemory,
+    ram: Ram,
     kernel_file: int,
     initramfs_file: int,
     line: str,
     vcpus: int,
     devices: Sequence[MmioDevice],
+    *,
+    lasting: bool = False,
 ) -> int:
     """Put everything in place in memory that is all zeros; the address to enter at. The files
-    stay the caller's. Raises KernelError (which a machine's memory may be too small for, too),
+    stay the caller's. Where they are ``lasting``, such as nobody changes, they are mapped and not
+    read. Raises KernelError (which a machine's memory may be too small for, too),
     OSError, ValueError (the command line, too many devices)."""
     command_line = line.encode("ascii")
     if len(command_line) > LONGEST_LINE or b"\0" in command_line:
         raise ValueError(f"a command line of {len(command_line)} bytes; {LONGEST_LINE} at most")
+    memory = ram.memory
     kernel = read_kernel(kernel_file)
     top = memory.regions[0].size
     size = os.fstat(initramfs_file).st_size
@@ -66,8 +71,9 @@ def load(
         )
     try:
         for segment in kernel.segments:
-            _read(memory, kernel_file, segment.offset, segment.file_size, segment.address)
-        _read(memory, initramfs_file, 0, size, initramfs)
+            place = (segment.offset, segment.file_size, segment.address)
+            _place(ram, kernel_file, *place, lasting=lasting)
+        _place(ram, initramfs_file, 0, size, initramfs, lasting=lasting)
         memory.write(COMMAND_LINE, command_line + b"\0")
         memory.write(TABLES_ADDRESS, acpi_tables(vcpus, devices))
         memory.write(ZERO_PAGE, _zero_page(memory, kernel, initramfs, size, len(command_line)))
@@ -78,12 +84,12 @@ def load(
     return kernel.entry
 
 
-def _read(memory: GuestMemory, file: int, offset: int, size: int, address: int) -> None:
-    """From the file right into guest memory."""
+def _place(ram: Ram, file: int, offset: int, size: int, address: int, *, lasting: bool) -> None:
+    """Have a part of a file in guest memory: mapped as far as that goes, the rest read."""
     if not size:
         return
-    view = memory.view(address, size)
-    done = 0
+    done = ram.map_file(file, offset, size, address) if lasting else 0
+    view = ram.memory.view(address, size)
     while done < size:
         count = os.preadv(file, [view[done:]], offset + done)
         if not count:

@@ -22,6 +22,7 @@ from voidbus.vm.devices.shared_directory import MountError
 from voidbus.vm.devices.virtio_mmio import QUEUE_NOTIFY
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.handshake import Flags
+from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage, ImageError, image_for, require_memory
 from voidbus.vm.kvm.acpi_tables import SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL
 from voidbus.vm.kvm.calls import KvmError
@@ -137,7 +138,10 @@ class KvmMachine(AgentMachine):
                 files.callback(os.close, opened[-1])
             kernel, initramfs = opened
             line, places = devices.kernel_line, devices.places
-            return load(ram.memory, kernel, initramfs, line, self.spec.vcpus, places)
+            return load(
+                *(ram, kernel, initramfs, line, self.spec.vcpus, places),
+                lasting=image.name != GIVEN,  # files that are not ours may change any moment
+            )
 
     def _connect_devices(self, machine: VirtualMachine, devices: GuestDevices) -> None:
         for number, (transport, place) in enumerate(

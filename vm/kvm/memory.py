@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import mmap
 import os
 from typing import NamedTuple
 
@@ -15,6 +16,18 @@ LOW_END = 0xC000_0000
 (0xFEC00000 and on); so PC firmware lays it out, and Linux takes whatever the e820 map says."""
 HIGH_START = 0x1_0000_0000
 """Where memory goes on that has no room below."""
+
+
+_FIXED_PRIVATE = mmap.MAP_PRIVATE | 0x10
+"""With MAP_FIXED (mmap(2); x86's number): over what is mapped there."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+    ctypes.c_int64,
+]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Slot(NamedTuple):
@@ -59,6 +72,26 @@ class Ram:
             )
             for region in self.memory.regions
         )
+
+    def map_file(self, file: int, offset: int, size: int, address: int) -> int:
+        """Have whole pages of a file at ``address``, privately: the guest's writes stay its own,
+        and what no guest writes is in memory once. How many bytes from the start on are there now;
+        0 where file and memory do not align. The file must be one that nobody shortens: an access
+        past its end would be SIGBUS in this process. Raises GuestMemoryError, OSError."""
+        view = self.memory.view(address, size)
+        whole = size // PAGE * PAGE
+        if offset % PAGE or address % PAGE or not whole:
+            return 0
+        place = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        mapped = _libc.mmap(
+            place, whole, mmap.PROT_READ | mmap.PROT_WRITE, _FIXED_PRIVATE, file, offset
+        )
+        if mapped != place:
+            number = ctypes.get_errno()
+            raise OSError(number, f"mmap: {os.strerror(number)}")
+        # A core of this process is not the place for a guest's secrets.
+        _libc.madvise(place, whole, mmap.MADV_DONTDUMP)
+        return whole
 
     def close(self) -> None:
         """Unmap and free; no vCPU may run any more. Again is fine."""
