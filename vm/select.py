@@ -21,9 +21,9 @@ class Selection:
 
 def kvm_support() -> Support:
     """What this host offers to a machine on /dev/kvm of our own."""
-    return Support(
-        "kvm", False, "not in this release; machines of kind qemu use KVM where it works"
-    )
+    from voidbus.vm.kvm.support import kvm_support as examine
+
+    return examine()
 
 
 def process_support() -> Support:
@@ -40,9 +40,14 @@ def qemu_support() -> Support:
     return examine()
 
 
-def select_machine(mode: str, qemu: Callable[[], Support] = qemu_support) -> Selection:
+def select_machine(
+    mode: str,
+    qemu: Callable[[], Support] = qemu_support,
+    kvm: Callable[[], Support] = kvm_support,
+) -> Selection:
     """The backend for a run's ``sandbox.mode``. Only ``mock`` gives a machine without
-    isolation; nothing falls back to it. Raises MachineError."""
+    isolation; nothing falls back to it. ``kvm`` is given to those who ask for it only, until it
+    has run as much as QEMU has. Raises MachineError."""
     if mode == "mock":
         from voidbus.vm.process.machine import ProcessMachine
 
@@ -50,7 +55,7 @@ def select_machine(mode: str, qemu: Callable[[], Support] = qemu_support) -> Sel
             ProcessMachine, "sandbox.mode is mock: a local process, without any isolation"
         )
     if mode == "kvm":
-        raise MachineError(f"sandbox.mode kvm: {kvm_support().detail}; set `sandbox.mode: qemu`")
+        return _select_kvm(kvm())
     if mode not in ("auto", "local", "qemu"):
         raise MachineError(
             f"sandbox.mode {mode!r} is not known; it is auto, local, kvm, qemu or mock"
@@ -65,3 +70,14 @@ def select_machine(mode: str, qemu: Callable[[], Support] = qemu_support) -> Sel
     from voidbus.vm.qemu.machine import QemuMachine
 
     return Selection(QemuMachine, support.detail)
+
+
+def _select_kvm(support: Support) -> Selection:
+    if not support.works:
+        remedy = f": {support.remedy}" if support.remedy else ""
+        raise MachineError(
+            f"sandbox.mode kvm: {support.detail}{remedy}; or set `sandbox.mode: qemu`"
+        )
+    from voidbus.vm.kvm.machine import KvmMachine
+
+    return Selection(KvmMachine, support.detail)

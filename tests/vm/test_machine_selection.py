@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from voidbus.vm.kvm.machine import KvmMachine
 from voidbus.vm.machine import MachineError
 from voidbus.vm.process.machine import ProcessMachine
 from voidbus.vm.qemu.acceleration import Acceleration
@@ -39,9 +40,20 @@ def test_an_unknown_mode_is_refused_with_those_that_are_known() -> None:
         select_machine("other", lambda: WORKS)
 
 
-def test_a_kvm_machine_says_what_to_use_instead() -> None:
-    with pytest.raises(MachineError, match=r"sandbox\.mode: qemu"):
-        select_machine("kvm", lambda: WORKS)
+def test_a_kvm_machine_is_taken_where_it_works_and_is_asked_for() -> None:
+    works = Support("kvm", True, "accelerated by /dev/kvm (vmx)")
+    selection = select_machine("kvm", lambda: MISSING, lambda: works)
+    assert (selection.machine, selection.reason) == (KvmMachine, works.detail)
+    assert select_machine("auto", lambda: WORKS, lambda: works).machine is QemuMachine
+
+
+def test_where_no_kvm_machine_works_it_is_told_what_to_use_instead() -> None:
+    lacking = Support("kvm", False, "there is no /dev/kvm", "sudo modprobe kvm_amd")
+    with pytest.raises(MachineError) as caught:
+        select_machine("kvm", lambda: WORKS, lambda: lacking)
+    assert str(caught.value) == (
+        "sandbox.mode kvm: there is no /dev/kvm: sudo modprobe kvm_amd; or set `sandbox.mode: qemu`"
+    )
 
 
 def test_qemu_works_where_it_is_installed_and_says_how_well() -> None:
