@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from guest_vm import eventually
 from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
 from mount_kit import MountConformance
 from watch_kit import FileWatchConformance
@@ -31,6 +33,12 @@ def make_mounts(folder: Path, count: int) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
+def switches_of(thread: int) -> int:
+    """How often a thread of this process has waited for something (proc_pid_status(5))."""
+    text = Path(f"/proc/self/task/{thread}/status").read_text()
+    return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
 class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance):
     machine_type = KvmMachine
 
@@ -49,6 +57,24 @@ class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance)
         source = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
         said = shell(guest.channel, f"nproc; cat {source}").result().stdout
         assert said == b"2\nkvm-clock\n"
+
+    def test_an_idle_machine_wakes_no_thread_of_its_devices(self, make: MakeGuest) -> None:
+        before = set(threading.enumerate())
+        make().start()
+        ours = [
+            thread.native_id
+            for thread in set(threading.enumerate()) - before
+            if "-vcpu" not in thread.name  # those run the guest, which is not idle at once
+        ]
+        assert ours
+
+        def wake_ups() -> int:
+            count = sum(switches_of(thread) for thread in ours if thread)
+            threading.Event().wait(1.0)
+            return sum(switches_of(thread) for thread in ours if thread) - count
+
+        # What the guest still does after its boot is its own; a timer of ours would go on.
+        assert eventually(lambda: wake_ups() == 0, WAIT)
 
     def test_a_guest_that_never_answers_is_told_with_its_last_lines(
         self, make: MakeGuest, tmp_path: Path
