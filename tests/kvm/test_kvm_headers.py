@@ -32,7 +32,7 @@ UNION = {
 }
 CAPABILITIES = {
     **system.NEEDED,
-    "NR_VCPUS": system.NR_VCPUS,
+    "MAX_VCPUS": system.MAX_VCPUS,
     "TSC_DEADLINE_TIMER": system.TSC_DEADLINE_TIMER,
     "SPLIT_IRQCHIP": system.SPLIT_IRQCHIP,
 }

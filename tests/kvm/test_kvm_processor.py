@@ -41,7 +41,7 @@ def test_a_guest_is_told_of_its_hypervisor_and_of_no_virtualisation_of_its_own()
     assert bytes(leaf(table, 0x4000_0000))[16:28] == b"KVMKVMKVM\0\0\0"
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 200])
 def test_every_vcpu_knows_its_place_among_the_cores_of_one_package(count: int) -> None:
     for number, table in enumerate(tables(count)):
         assert leaf(table, 1).ebx >> 24 == number

@@ -42,6 +42,10 @@ def test_too_little_memory(make: MakeGuest) -> None:
     refused(make(memory_mb=16), "memory")
 
 
+def test_more_processors_than_there_are_ids_for(make: MakeGuest) -> None:
+    refused(make(vcpus=255), r"255 processors; set sandbox\.vcpus to \d+ at most")
+
+
 def test_an_image_that_is_not_there(make: MakeGuest, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
     refused(make(kernel=nothing, initramfs=nothing), "nothing")

@@ -32,8 +32,8 @@ from voidbus.vm.kvm.loading import load
 from voidbus.vm.kvm.memory import Ram
 from voidbus.vm.kvm.power_port import PORTS as POWER_PORTS
 from voidbus.vm.kvm.power_port import PowerPort
-from voidbus.vm.kvm.processor import enter_kernel, set_up
-from voidbus.vm.kvm.system import Kvm, KvmUnavailable
+from voidbus.vm.kvm.processor import MOST_VCPUS, enter_kernel, set_up
+from voidbus.vm.kvm.system import MAX_VCPUS, Kvm, KvmUnavailable
 from voidbus.vm.kvm.vcpu import Vcpu
 from voidbus.vm.kvm.vcpu_threads import VcpuThreads
 from voidbus.vm.kvm.virtual_machine import VirtualMachine
@@ -107,6 +107,9 @@ class KvmMachine(AgentMachine):
         require_memory(image, spec.memory_mb)
         kvm = Kvm()
         self._open.callback(kvm.close)
+        most = min(kvm.capability(MAX_VCPUS), MOST_VCPUS)
+        if spec.vcpus > most:
+            raise ValueError(f"{spec.vcpus} processors; set sandbox.vcpus to {most} at most")
         ram = Ram(spec.memory_mb << 20)
         self._open.callback(ram.close)
         devices = GuestDevices(

@@ -26,6 +26,9 @@ from voidbus.vm.kvm.structures import (
 from voidbus.vm.kvm.system import TSC_DEADLINE_TIMER, Kvm
 from voidbus.vm.kvm.vcpu import Vcpu
 
+MOST_VCPUS = 254
+"""Ids of local APICs have 8 bits, the last one stands for all of them, and the I/O APIC has one."""
+
 _HYPERVISOR, _TSC_DEADLINE, _VMX = 1 << 31, 1 << 24, 1 << 5  # leaf 1, ECX
 _HTT = 1 << 28  # leaf 1, EDX
 _SVM = 1 << 2  # leaf 0x80000001, ECX
@@ -72,7 +75,7 @@ def _adapt(entry: KvmCpuidEntry2, number: int, count: int, *, deadline: bool) ->
     bits = _id_bits(count)
     match entry.function:
         case 1:
-            entry.ebx = entry.ebx & 0xFFFF | number << 24 | (1 << bits) << 16
+            entry.ebx = entry.ebx & 0xFFFF | number << 24 | min(1 << bits, 255) << 16
             entry.ecx = entry.ecx & ~_VMX | _HYPERVISOR | (_TSC_DEADLINE if deadline else 0)
             entry.edx = entry.edx & ~_HTT | (_HTT if count > 1 else 0)
         case 4 | 0x8000_001D:

@@ -33,8 +33,8 @@ NEEDED = {
     "IOEVENTFD": 36,
     "SET_IDENTITY_MAP_ADDR": 37,
 }
-NR_VCPUS = 9
-"""KVM_CAP_NR_VCPUS: how many vCPUs a machine may well have."""
+MAX_VCPUS = 66
+"""KVM_CAP_MAX_VCPUS: how many vCPUs a machine may have."""
 TSC_DEADLINE_TIMER = 72
 """KVM_CAP_TSC_DEADLINE_TIMER: local APICs have that mode, which CPUID may then tell."""
 SPLIT_IRQCHIP = 121
