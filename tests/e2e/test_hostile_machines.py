@@ -73,7 +73,7 @@ def test_a_guest_that_floods_its_console_is_slowed_and_its_start_ends_in_time(
     guest = make(**with_init(tmp_path, _CONSOLE_FLOOD))
     before = resident()
     with pytest.raises(MachineError, match="a line that never ends"):
-        guest.machine.start(15)
+        guest.machine.start(25)
     assert len(guest.machine.console()) <= 64 * 1024
     assert resident() - before < BOUND
 
@@ -150,6 +150,6 @@ def test_a_guest_that_floods_the_control_channel_ends_only_its_own_start(
     guest = make(**with_init(tmp_path, _CHANNEL_FLOOD))
     before = resident()
     with pytest.raises(MachineError, match="configure"):
-        guest.machine.start(20)
+        guest.machine.start(30)
     assert resident() - before < BOUND
     assert guest.exited.wait(WAIT)

@@ -49,7 +49,7 @@ def test_an_agent_in_a_machine_reads_its_inbox_sends_intents_and_leaves_its_outp
     (result,) = run["artifact_publication"]["manifest"]
     output = tcp.get(result["retrieval_path"]).json
     assert output["inbox_seen"] == ["m1"]
-    log = [text for e in run["events"] if (text := e["payload"].get("data"))]
+    log = [text for e in run["events"] if (text := (e["payload"] or {}).get("data"))]
     assert output["metrics"]["intents_sent"] == 2, log
     intents = tcp.get(f"/v1/runs/{run_id}/intents").json
     assert [intent["audience"] for intent in intents] == ["broadcast", "leader"]
