@@ -18,10 +18,10 @@ from voidbus.vm.faults import ChannelFault
 from voidbus.vm.guest.frames import FrameDecoder, MessageType, encode_frame
 from voidbus.vm.guest.handshake import EVERYTHING, encode_ping
 from voidbus.vm.image.store import ImageError, default_store
+from voidbus.vm.image_machine import AGENT_PORT
 from voidbus.vm.machine import Machine, MachineSpec
 from voidbus.vm.qemu.command import command
 from voidbus.vm.qemu.devices import Devices
-from voidbus.vm.qemu.machine import AGENT_PORT
 from voidbus.vm.qemu.process import PROGRAM, find_program
 from voidbus.vm.qemu.support import qemu_support
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from voidbus.vm.boot_arguments import first_arguments, mount_argument
 from voidbus.vm.devices.block import SECTOR, BlockDevice
 from voidbus.vm.devices.device import VirtioDevice
 from voidbus.vm.devices.entropy import EntropyDevice
@@ -26,8 +27,7 @@ from voidbus.vm.devices.vsock import VsockDevice
 from voidbus.vm.devices.vsock_sockets import HostSockets, open_host_port
 from voidbus.vm.guest.boot_line import MORE_BYTES
 from voidbus.vm.image.guest_image import GIVEN
-from voidbus.vm.image.oci import unpack_image
-from voidbus.vm.image.store import GuestImage, default_store
+from voidbus.vm.image.store import GuestImage
 from voidbus.vm.kvm.acpi_tables import MmioDevice
 from voidbus.vm.kvm.kernel_line import kernel_line
 from voidbus.vm.kvm.memory import LOW_END
@@ -36,6 +36,7 @@ from voidbus.vm.machine import Lease, MachineSpec
 from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import UserNetwork
+from voidbus.vm.root_disks import disk_name, root_disks
 
 GUEST_CID = 3
 """The guest's vsock address: each machine has a vsock of its own, so the first free one does."""
@@ -51,7 +52,6 @@ MAX_DEVICES = IO_APIC_PINS - FIRST_LINE
 """Devices there are lines for: each has its own, as edges on a shared one get lost."""
 
 _FINAL = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_HOSTNAME_BYTES = 63  # hostname(7)
 
 
 class TooManyDevices(ValueError):
@@ -108,11 +108,7 @@ class GuestDevices:
         """Open everything; only what serves the network runs yet. Once. Raises OSError, ValueError,
         ImageError, MountError, NetworkError; ``close`` is due all the same."""
         spec = self._spec
-        self._arguments = [
-            f"voidbox.secret={spec.secret.hex()}",
-            f"voidbox.clock={time.time():.3f}",
-            f"voidbus.hostname={_hostname(spec.run_id)}",
-        ]
+        self._arguments = first_arguments(spec)
         # A path through the opened directory is short, however long the directory's own is.
         folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open.callback(os.close, folder)
@@ -160,17 +156,11 @@ class GuestDevices:
 
     def _add_disks(self) -> None:
         self._disk_loop = self._loop("disks")
-        layers = list(self._image.layers)
-        if layers:
-            names = ",".join(_disk_name(number) for number in range(len(layers)))
-            self._arguments.append(f"voidbus.layers={names}")
-        if self._spec.root is not None:
-            root = unpack_image(default_store().root, self._spec.root)
-            self.env = root.config.env
-            self._arguments.append(f"voidbox.oci_rootfs_dev=/dev/{_disk_name(len(layers))}")
-            layers.append(root.layer)
-        for layer in layers:
-            self._add_disk(layer)
+        root = root_disks(self._spec, self._image)
+        self.env = root.env
+        self._arguments += root.arguments
+        for disk in root.disks:
+            self._add_disk(disk)
 
     def _add_disk(self, path: Path) -> None:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -203,7 +193,7 @@ class GuestDevices:
             share.close()
             raise
         self._add(device, loop)
-        return f"voidbox.{tag}={tag}:{mount.guest_path}:{'rw' if mount.writable else 'ro'}"
+        return mount_argument(tag, mount)
 
     def _add_network(self, deadline: float) -> None:
         network = UserNetwork(
@@ -242,7 +232,7 @@ class GuestDevices:
         text = " ".join(mounts).encode()
         if len(text) > MORE_BYTES:
             raise ValueError("the guest paths of the mounts are too long; use shorter ones")
-        self._arguments.append(f"voidbus.more={_disk_name(self._disks)}")
+        self._arguments.append(f"voidbus.more={disk_name(self._disks)}")
         memory = os.memfd_create("voidbus-more", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.write(memory, text.ljust(-len(text) // SECTOR * -SECTOR, b"\0"))
@@ -274,14 +264,3 @@ class GuestDevices:
         """End their threads and close everything, last first; no vCPU runs any more. Again is
         fine."""
         self._open.close()
-
-
-def _disk_name(number: int) -> str:
-    """The guest's name for its block device: Linux numbers them in the order it finds them."""
-    return f"vd{chr(ord('a') + number)}"
-
-
-def _hostname(text: str) -> str:
-    """A host name of it: letters, digits and hyphens (hostname(7))."""
-    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
-    return kept[:_HOSTNAME_BYTES].strip("-") or "guest"

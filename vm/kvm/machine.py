@@ -5,25 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar
 
-from voidbus.vm.agent_machine import KILL_SECONDS, AgentMachine
-from voidbus.vm.channel import GuestChannel
-from voidbus.vm.configure import GuestSettings, configure_guest
+from voidbus.vm.agent_machine import KILL_SECONDS
 from voidbus.vm.devices.bus import Bus
 from voidbus.vm.devices.serial_port import PORTS as SERIAL_PORTS
 from voidbus.vm.devices.serial_port import SerialPort
 from voidbus.vm.devices.shared_directory import MountError
 from voidbus.vm.devices.virtio_mmio import QUEUE_NOTIFY
-from voidbus.vm.faults import ChannelFault, FaultReason
-from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage, ImageError, image_for, require_memory
+from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
 from voidbus.vm.kvm.acpi_tables import SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL
 from voidbus.vm.kvm.calls import KvmError
 from voidbus.vm.kvm.ending import Ending, EndKind
@@ -42,18 +37,11 @@ from voidbus.vm.network.user_network import NetworkError
 
 log = logging.getLogger(__name__)
 
-AGENT_PORT = 1234
-"""The vsock port of the guest agent (protocol, "Handshake")."""
-
-# The guest's words for a mount it could not make, or a key of one it could not read.
-_MOUNT_FAILED = re.compile(r"\(mount\d+\)|voidbox\.mount\d+|voidbus\.more")
-
-
 _REFUSALS = (ImageError, MountError, NetworkError, KvmUnavailable, KvmError, ValueError)
 """What ends a start with words of its own."""
 
 
-class KvmMachine(AgentMachine):
+class KvmMachine(ImageMachine):
     """One machine of KVM. All of it is this process's, and ends with it."""
 
     name: ClassVar[str] = "kvm"
@@ -185,20 +173,8 @@ class KvmMachine(AgentMachine):
     def offer_host_port(self, port: int) -> str | None:
         return None if self._devices is None else self._devices.offer_host_port(port)
 
-    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
-        if not first:
-            if Flags.CONFIGURE not in channel.flags:  # then the host adds it to each program
-                channel.add_env(self._env())
-            return
-        settings = GuestSettings(env=self._env(), allowed=self.spec.allowed_commands)
-        self.warnings = configure_guest(channel, settings, max(0.0, deadline - time.monotonic()))
-        missing = [warning for warning in self.warnings if _MOUNT_FAILED.search(warning)]
-        if missing:  # a program without the files it was promised does something else
-            raise ChannelFault(FaultReason.REFUSED, "; ".join(missing))
-
-    def _env(self) -> tuple[tuple[str, str], ...]:
-        image = () if self._devices is None else self._devices.env
-        return (*image, *self.spec.env.items())
+    def _image_env(self) -> tuple[tuple[str, str], ...]:
+        return () if self._devices is None else self._devices.env
 
     # -- the end, on threads of devices and vCPUs -------------------------------------------
 

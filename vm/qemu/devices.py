@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from voidbus.vm.boot_arguments import first_arguments, mount_argument
 from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
@@ -51,7 +52,6 @@ _VHOST_VSOCK = "vsock.vhost"
 _FS_QUEUE = "queue-size=1024"
 _SECTOR = 512
 _FINAL = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_HOSTNAME_BYTES = 63  # hostname(7)
 
 
 class Console(NamedTuple):
@@ -127,11 +127,7 @@ class Devices:
         folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open.callback(os.close, folder)
         here = Path(f"/proc/self/fd/{folder}")
-        self._arguments = [
-            f"voidbox.secret={spec.secret.hex()}",
-            f"voidbox.clock={time.time():.3f}",
-            f"voidbus.hostname={_hostname(spec.run_id)}",
-        ]
+        self._arguments = first_arguments(spec)
         self._add_clock()
         self._add_disks()
         self._add_vsock(here)
@@ -196,8 +192,7 @@ class Devices:
         self._open.callback(share.close)
         share.start()
         self._add_served(here / name, "vhost-user-fs-device", f"tag={tag},{_FS_QUEUE}")
-        mode = "rw" if mount.writable else "ro"
-        self._mount_arguments.append(f"voidbox.{tag}={tag}:{mount.guest_path}:{mode}")
+        self._mount_arguments.append(mount_argument(tag, mount))
 
     def _tell_of_mounts(self) -> None:
         """On the kernel's command line, as the protocol has it. Where they have no room there, a
@@ -296,9 +291,3 @@ class Devices:
         """Close everything, last first. Again is fine."""
         self._handed.close()
         self._open.close()
-
-
-def _hostname(text: str) -> str:
-    """A host name of it: letters, digits and hyphens (hostname(7))."""
-    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
-    return kept[:_HOSTNAME_BYTES].strip("-") or "guest"

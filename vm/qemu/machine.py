@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import select
 import socket
 import subprocess
@@ -14,13 +13,10 @@ import time
 from collections.abc import Callable
 from typing import ClassVar
 
-from voidbus.vm.agent_machine import KILL_SECONDS, AgentMachine
-from voidbus.vm.channel import GuestChannel
-from voidbus.vm.configure import GuestSettings, configure_guest
+from voidbus.vm.agent_machine import KILL_SECONDS
 from voidbus.vm.console import ConsoleRing
-from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import stat_fields
-from voidbus.vm.guest.handshake import Flags
+from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
 from voidbus.vm.machine import Lease, MachineError, MachineExit, MachineSpec
 from voidbus.vm.qemu.command import Layout, command
 from voidbus.vm.qemu.devices import Devices
@@ -30,20 +26,14 @@ from voidbus.vm.signal_name import signal_name
 
 log = logging.getLogger(__name__)
 
-AGENT_PORT = 1234
-"""The vsock port of the guest agent (protocol, "Handshake")."""
-
 CONSOLE_RATE = 1024 * 1024
 """Bytes of console taken a second; a guest that writes more waits for its serial port."""
-
-# The guest's words for a mount it could not make, or a key of one it could not read.
-_MOUNT_FAILED = re.compile(r"\(mount\d+\)|voidbox\.mount\d+|voidbus\.more")
 
 _CONSOLE_PIECE = 64 * 1024
 _ERROR_BYTES = 4096
 
 
-class QemuMachine(AgentMachine):
+class QemuMachine(ImageMachine):
     """One QEMU process and what serves its devices. It ends with the thread that watches it, and
     so with this process; see `process`."""
 
@@ -132,23 +122,8 @@ class QemuMachine(AgentMachine):
     def offer_host_port(self, port: int) -> str | None:
         return None if self._devices is None else self._devices.offer_host_port(port)
 
-    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
-        if not first:
-            if Flags.CONFIGURE not in channel.flags:  # then the host adds it to each program
-                channel.add_env(self._env())
-            return
-        settings = GuestSettings(
-            env=self._env(),
-            allowed=self.spec.allowed_commands,
-        )
-        self.warnings = configure_guest(channel, settings, max(0.0, deadline - time.monotonic()))
-        missing = [warning for warning in self.warnings if _MOUNT_FAILED.search(warning)]
-        if missing:  # a program without the files it was promised does something else
-            raise ChannelFault(FaultReason.REFUSED, "; ".join(missing))
-
-    def _env(self) -> tuple[tuple[str, str], ...]:
-        image = () if self._devices is None else self._devices.env
-        return (*image, *self.spec.env.items())
+    def _image_env(self) -> tuple[tuple[str, str], ...]:
+        return () if self._devices is None else self._devices.env
 
     # -- the thread that owns the process --------------------------------------------------
 
