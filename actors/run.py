@@ -57,8 +57,8 @@ from voidbus.actors.workloads.conductor import (
     Workload,
 )
 from voidbus.actors.workloads.publication import StageOutput, manifest_of, publish
-from voidbus.actors.workloads.remote_skill import fetch_skill
 from voidbus.actors.workloads.skills import SKILL_LIMIT
+from voidbus.sidecar.fetch import fetch_text
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import Message
@@ -270,7 +270,7 @@ class RunActor(Supervisor):
                 then(str(outcome) if isinstance(outcome, Exception) else outcome)
 
         try:
-            self.work(lambda: fetch_skill(url, SKILL_LIMIT), fetched, name="fetch")
+            self.work(lambda: fetch_text(url, SKILL_LIMIT), fetched, name="fetch")
         except Refuse as refused:
             why = str(refused)
             self.post(lambda: then(why))

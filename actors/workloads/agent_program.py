@@ -112,7 +112,7 @@ class AgentProgram:
         self._capture = Capture()
         self._tools_used = 0
         self._files: deque[SkillFile] = deque()
-        self._fetched: dict[str, bytes | None] = {}  # by URL; None is what could not be had
+        self._fetched: dict[str, bytes] = {}  # by URL
 
     def _all_files(self, machine: GuestMachine) -> list[SkillFile]:
         """Those of no skill have an empty name in its place."""
@@ -156,21 +156,15 @@ class AgentProgram:
                 whose = f"{file.skill}: " if file.skill else ""
                 self._end(Exit(-1), f"{whose}cannot write {file.path} in the guest: {error}")
 
-        content = self._fetched.get(file.url) if file.url is not None else None
-        machine.write_file(file.path, file.content if content is None else content, written)
+        content = file.content if file.url is None else self._fetched[file.url]
+        machine.write_file(file.path, content, written)
 
     def _fetch(self, machine: GuestMachine, skill: str, url: str) -> None:
-        """Of a skill that can't be had the agent gets a placeholder, as the format has it."""
-
         def fetched(outcome: bytes | str) -> None:
-            self._fetched[url] = None if isinstance(outcome, str) else outcome
             if isinstance(outcome, str):
-                self._stage.emit(
-                    "skill.warning",
-                    f"{skill}: {outcome}; a placeholder is in its place",
-                    level="warn",
-                    payload={"skill": skill.removeprefix("skill ")},
-                )
+                self._end(Exit(-1), f"{skill}: {outcome}")
+                return
+            self._fetched[url] = outcome
             self._write_next(machine)
 
         self._conductor.fetch_skill(url, fetched)

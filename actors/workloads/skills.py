@@ -20,8 +20,8 @@ _LONGEST_NAME = 100
 
 @dataclass(frozen=True)
 class SkillFile:
-    """A file of the guest's; `skill` is the one it belongs to, as errors name it. What is at `url`
-    stands in place of `content`, where it can be had."""
+    """A file of the guest's; `skill` is the one it belongs to, as errors name it. What is at `url`,
+    where there is one, is its content."""
 
     path: str
     content: bytes = field(repr=False)
@@ -140,10 +140,8 @@ class _Planner:
         self._file(path.stem, content, f"skill file:{value}", folder)
 
     def _remote(self, value: str) -> None:
-        """Where it can't be had the agent finds what to look for, and says so if it needs it."""
         name, url = remote_skill_url(value, self._environ)
-        text = f"# {name}\n\nThis skill was not fetched. It is at {url}.\n"
-        self._file(name, text.encode(), f"skill remote:{value}", url=url)
+        self._file(name, b"", f"skill remote:{value}", url=url)
 
     def _image(self, skill: OciSkill) -> None:
         """Its files, and a script that puts its programs on PATH (the format's own)."""

@@ -12,13 +12,9 @@ import pytest
 from run_kit import House, agent
 
 from voidbus.actors.messages.runs import RunStatus
-from voidbus.actors.workloads import remote_skill
-from voidbus.actors.workloads.remote_skill import (
-    PLACE_VARIABLE,
-    NotFetched,
-    fetch_skill,
-    remote_skill_url,
-)
+from voidbus.actors.workloads.remote_skill import PLACE_VARIABLE, remote_skill_url
+from voidbus.sidecar import fetch
+from voidbus.sidecar.fetch import NotFetched, fetch_text
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -58,7 +54,7 @@ def sending(content: bytes, status: int = 200) -> Answer:
 
 def test_a_skill_is_what_its_address_has() -> None:
     with place(sending(b"# Lint")) as url:
-        assert fetch_skill(f"{url}/o/r/main/SKILL.md", 100) == b"# Lint"
+        assert fetch_text(f"{url}/o/r/main/SKILL.md", 100) == b"# Lint"
 
 
 @pytest.mark.parametrize(
@@ -71,28 +67,28 @@ def test_a_skill_is_what_its_address_has() -> None:
 )
 def test_what_is_no_skill_is_not_fetched(content: bytes, status: int, says: str) -> None:
     with place(sending(content, status)) as url, pytest.raises(NotFetched, match=says):
-        fetch_skill(url, 100)
+        fetch_text(url, 100)
 
 
-def test_a_place_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_skill, "FETCH_SECONDS", 0.3)
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-"])
+def test_a_place_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.3)
     ended = threading.Event()
 
     def drip(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.end_headers()
+        handler.wfile.write(head)
         while not ended.wait(0.05):
             handler.wfile.write(b"x")
 
     with place(drip) as url, pytest.raises(NotFetched, match=r"did not come within 0\.3 s"):
-        fetch_skill(url, 100_000)
+        fetch_text(url, 100_000)
     ended.set()
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/x", "/etc/passwd"])
 def test_only_http_is_fetched(url: str) -> None:
     with pytest.raises(NotFetched, match="is no http: or https: address"):
-        fetch_skill(url, 100)
+        fetch_text(url, 100)
 
 
 def test_another_place_may_be_named() -> None:
@@ -102,18 +98,21 @@ def test_another_place_may_be_named() -> None:
     )
 
 
-def test_a_run_fetches_its_skill_and_goes_on_without_one_that_is_not_there(house: House) -> None:
+@pytest.mark.parametrize("skill", ["there", "gone"])
+def test_a_run_fetches_its_skill_or_fails_by_its_name(house: House, skill: str) -> None:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         there = handler.path == "/o/there/main/SKILL.md"
         sending(b"# There" if there else b"", 200 if there else 404)(handler)
 
     with place(answer) as url:
         spec = agent(messaging=False)
-        spec["agent"]["skills"] = ["remote:o/there", "remote:o/gone"]
+        spec["agent"]["skills"] = [f"remote:o/{skill}"]
         house.start(spec, host_env={PLACE_VARIABLE: url})
         state = house.wait_over()
-    assert state.status is RunStatus.SUCCEEDED
-    assert any("Skills: gone, there" in line for line in house.log())
-    (warning,) = [event for event in house.events() if event.event_type == "skill.warning"]
-    assert "remote:o/gone" in warning.message
-    assert "404" in warning.message
+    if skill == "there":
+        assert state.status is RunStatus.SUCCEEDED
+        assert any("Skills: there" in line for line in house.log())
+    else:
+        assert state.status is RunStatus.FAILED
+        assert "skill remote:o/gone: " in (state.error or "")
+        assert "404" in (state.error or "")

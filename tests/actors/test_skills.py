@@ -104,21 +104,12 @@ def test_a_remote_skill_is_fetched(value: str, file: str, where: str) -> None:
     assert conductor.stages_running() == ["scout"]
 
 
-@pytest.mark.parametrize(
-    ("value", "file", "where"),
-    [
-        ("o/r", "r.md", "o/r/main/SKILL.md"),
-        ("o/r/lint", "lint.md", "o/r/main/skills/lint/SKILL.md"),
-    ],
-)
-def test_a_remote_skill_that_cannot_be_had_is_a_placeholder_and_a_warning(
-    value: str, file: str, where: str
-) -> None:
-    conductor = run([f"remote:{value}"])
-    assert where in conductor.written[f"{SKILLS}/{file}"].decode()
-    warning = conductor.event("skill.warning")
-    assert (warning.level, warning.payload) == ("warn", {"skill": f"remote:{value}"})
-    assert where in warning.message
+def test_a_remote_skill_that_cannot_be_had_fails_the_run_by_its_name() -> None:
+    conductor = run(["remote:o/r/lint"])
+    assert conductor.stages_running() == []
+    error = conductor.verdict.error or ""
+    assert error.startswith("skill remote:o/r/lint: ")
+    assert "o/r/main/skills/lint/SKILL.md" in error
 
 
 def test_codex_finds_skills_where_it_looks() -> None:
