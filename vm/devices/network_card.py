@@ -52,6 +52,7 @@ class NetworkCard(VirtioDevice):
         self._gone = False
         self._watched = 0
         self._later = False
+        self._delivers_later = False
 
     # -- the transport's ------------------------------------------------------------------
 
@@ -102,9 +103,11 @@ class NetworkCard(VirtioDevice):
             return
         queue.disable_notifications()
         piece = bytearray()
+        held = False
         for _ in range(_FRAMES_A_TURN):
             if self._port.waiting > BACKLOG and not self._gone:
-                break  # its flush goes on
+                held = True  # the flush that makes room goes on
+                break
             chain = queue.pop()
             if chain is None:
                 if queue.enable_notifications():
@@ -124,6 +127,8 @@ class NetworkCard(VirtioDevice):
             self._port.send(bytes(piece))
         queue.notify()
         self._flush()
+        if held and self._port.waiting <= BACKLOG:
+            self._send_later()  # that flush was this one
 
     def _frame(self, chain: Chain) -> bytes:
         """A frame of the guest behind its length; nothing for what is none."""
@@ -142,14 +147,19 @@ class NetworkCard(VirtioDevice):
 
     def _flush(self) -> None:
         if not self._gone and not self._port.flush():
-            self._gone = True
+            self._lose()
+
+    def _lose(self) -> None:
+        """The other end has gone: what the guest still sends is taken and dropped."""
+        self._gone = True
+        self._send_later()
 
     # -- to the guest ---------------------------------------------------------------------
 
     def _receive(self) -> None:
         try:
             if not self._port.receive():
-                self._gone = True
+                self._lose()
                 return
             self._arrived += (
                 bytes(self._port.buffer[start:end]) for start, end in self._port.frames()
@@ -167,6 +177,16 @@ class NetworkCard(VirtioDevice):
             self._arrived.popleft()
         queue.notify()
 
+    def _deliver_later(self) -> None:
+        if not self._delivers_later:
+            self._delivers_later = True
+            self._loop.soon(self._deliver_on)
+
+    def _deliver_on(self) -> None:
+        self._delivers_later = False
+        self._deliver()
+        self._watch()
+
     def _put(self, queue: Virtqueue, frame: bytes) -> bool:
         """Put a frame into buffers, or drop one that fits none; False: there are too few."""
         needed = _HEADER_BYTES + len(frame)
@@ -175,8 +195,9 @@ class NetworkCard(VirtioDevice):
         while room < needed:
             chain = queue.pop()
             if chain is None:
+                # Looked for once more, later: a guest that gives and takes could keep us here.
                 if queue.enable_notifications():
-                    continue
+                    self._deliver_later()
                 queue.unpop(len(chains))
                 return False
             if chain.writable_bytes < _HEADER_BYTES:
