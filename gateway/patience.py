@@ -22,3 +22,7 @@ class Patience:
     body: float = BODY_SECONDS
     idle: float = IDLE_SECONDS
     stalled: float = STALLED_SECONDS
+
+
+USUAL = Patience()
+"""What clients get where nothing else is said."""

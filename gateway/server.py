@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import HttpVersion10, web
 
 from voidbus.gateway.api import Api
-from voidbus.gateway.patience import Patience
+from voidbus.gateway.patience import USUAL, Patience
 from voidbus.gateway.problems import Code, Problem
 from voidbus.gateway.router import MAX_BODY, Call, Route, Router
 from voidbus.gateway.routes import ROUTES
@@ -61,7 +61,7 @@ class Server:
         node: Node,
         doors: Sequence[Door],
         release: str,
-        patience: Patience = Patience(),  # noqa: B008 - it is frozen
+        patience: Patience = USUAL,
     ) -> None:
         self._node = node
         self._patience = patience

@@ -26,7 +26,7 @@ _NO_INTERRUPT, _EMPTY_INTERRUPT = 1, 2  # of _IDENTITY
 
 
 class SerialPort(Registers):
-    """Hands each byte to ``write``; ``interrupt_fd`` is an eventfd of the caller's for its
+    """Hands each byte to ``put``; ``interrupt_fd`` is an eventfd of the caller's for its
     line."""
 
     def __init__(self, put: Callable[[bytes], None], interrupt_fd: int) -> None:
