@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from voidbus.actors.held_runs import HeldRun, HeldRuns
 from voidbus.actors.journal_store import (
     JournalConflict,
     JournalError,
@@ -39,8 +40,11 @@ from voidbus.actors.messages.runs import (
     RawEvents,
     ReadEvents,
     ReadRawEvents,
+    ReadRuns,
     RunEvent,
     RunList,
+    RunRead,
+    RunsRead,
     RunState,
     RunStateCounts,
     events_topic,
@@ -56,6 +60,11 @@ from voidbus.transport.fault import FaultReason
 _LISTED_OUTPUT = 1000
 # A page of events is one message of 4 MiB at most (bytes).
 _PAGE_BYTES = 2_000_000
+# Events that come with each run that is read.
+_EVENTS_READ = 1000
+# Ended runs that are held in memory, and what one of them may have to be (bytes).
+_HELD_BYTES = 8 * 1024 * 1024
+_HELD_RUN_BYTES = 64 * 1024
 # Files of one run that are listed: 64 of a stage, and its output, are kept.
 _ARTIFACTS_LISTED = 10_000
 # Runs forgotten in one transaction: others wait for it meanwhile. One may have 32 MiB of events.
@@ -78,6 +87,7 @@ class Journal(Actor):
         self._path = path
         self._runs = runs
         self._store: JournalStore | None = None
+        self._held = HeldRuns(_HELD_BYTES)
 
     def on_start(self) -> None:
         self._store = JournalStore(self._path)
@@ -134,6 +144,7 @@ class Journal(Actor):
     def on_prune(self, message: PruneRuns, delivery: Delivery) -> RunsPruned:
         prune = self.store.prunable if message.dry_run else self.store.prune
         limit = _COUNTED_AT_ONCE if message.dry_run else _PRUNED_AT_ONCE
+        self._held.clear()
         with _as_faults():
             pruned = prune(message.before_ms, message.max_bytes, limit)
         return RunsPruned(runs=pruned.runs, size_bytes=pruned.size, more=pruned.more)
@@ -226,11 +237,43 @@ class Journal(Actor):
         page = RawEvents(
             run_id=message.run_id, last=last, last_seq=state.last_seq, ended=state.status.terminal
         )
-        attachments = ["\n".join(bodies).encode()]
-        if message.with_state:
-            attachments.append(state.to_json())
-        delivery.reply(page, attachments)
+        delivery.reply(page, ["\n".join(bodies).encode()])
         return LATER
+
+    @handles(ReadRuns)
+    def on_read_runs(self, message: ReadRuns, delivery: Delivery) -> object:
+        read: list[RunRead] = []
+        attachments: list[bytes] = []
+        left = _PAGE_BYTES
+        for run_id in message.run_ids:
+            held = self._held.get(run_id)
+            with _as_faults():
+                found = (held, held.last_seq) if held else self._read_run(run_id, max(left, 0))
+            if found is None:
+                read.append(RunRead(run_id=run_id, found=False))
+                continue
+            run, last = found
+            left -= run.size
+            if left < 0 and read:
+                break  # it comes with the asker's next question
+            attachments += (run.state, run.events)
+            read.append(RunRead(run_id=run_id, found=True, last=last, last_seq=run.last_seq))
+        delivery.reply(RunsRead(runs=tuple(read)), attachments)
+        return LATER
+
+    def _read_run(self, run_id: str, max_bytes: int) -> tuple[HeldRun, int] | None:
+        """A run with its first events, and the seq of the last of those."""
+        kept = self.store.kept(run_id)
+        if kept is None:
+            return None
+        state, last_seq, ended = kept
+        bodies, last = self.store.raw_events(
+            run_id, after=-1, limit=_EVENTS_READ, stream=None, max_bytes=max_bytes
+        )
+        run = HeldRun(state.encode(), "\n".join(bodies).encode(), last_seq)
+        if ended and last == last_seq and run.size <= _HELD_RUN_BYTES:
+            self._held.hold(run_id, run)
+        return run, last
 
     @handles(CountRunStates)
     def on_count_states(self, message: CountRunStates, delivery: Delivery) -> RunStateCounts:

@@ -215,6 +215,16 @@ class JournalStore:
             raise NoSuchRun(f"run '{run_id}' not found")
         return RunState.from_json(row[0].encode())
 
+    def kept(self, run_id: str) -> tuple[str, int, bool] | None:
+        """One run as JSON, as it is kept, the seq of its newest event, and whether it has ended;
+        None where there is no such run."""
+        with self._explained():
+            row = self._db.execute(
+                "SELECT state, json_extract(state, '$.last_seq'), active FROM runs WHERE id = ?",
+                (run_id,),
+            ).fetchone()
+        return None if row is None else (row[0], int(row[1]), not row[2])
+
     def runs(
         self, *, active: bool | None, limit: int, offset: int = 0
     ) -> tuple[tuple[RunState, ...], int]:

@@ -6,6 +6,7 @@ from voidbus.gateway.bus import Bus
 from voidbus.gateway.feed import Feeds
 from voidbus.gateway.metrics import Metrics
 from voidbus.gateway.patience import Patience
+from voidbus.gateway.run_reader import RunReader
 from voidbus.transport.node import Node
 
 GATEWAY_PATH = "gateway"
@@ -16,6 +17,7 @@ class Api:
 
     def __init__(self, node: Node, release: str, patience: Patience) -> None:
         self.bus = Bus(node, GATEWAY_PATH)
+        self.reader = RunReader(self.bus)
         self.feeds = Feeds(self.bus)
         self.metrics = Metrics(release)
         self.release = release

@@ -32,15 +32,15 @@ def renamed(line: bytes) -> bytes:
     return json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-async def read_from(bus: Bus, first: ReadRawEvents) -> AsyncIterator[list[bytes]]:
-    """All events from there on that the journal has now, a page at a time. Raises Problem."""
+async def read_from(bus: Bus, first: ReadRawEvents) -> AsyncIterator[bytes]:
+    """All events from there on that the journal has now, a line each, a page at a time. Raises
+    Problem."""
     read = first
     while True:
         page, (text, *_) = await bus.read(JOURNAL, read, RawEvents)
-        lines = [line for line in text.split(b"\n") if line]
-        if lines:
-            yield lines
-        if not lines or page.last >= page.last_seq:
+        if text:
+            yield text
+        if not text or page.last >= page.last_seq:
             return
         read = first.model_copy(update={"after": page.last, "after_id": None})
 
@@ -52,12 +52,15 @@ class EventJson:
         self._v2 = v2
         self._first = True
 
-    def page(self, lines: list[bytes]) -> bytes:
-        joined = b",".join(renamed(line) for line in lines) if self._v2 else b",".join(lines)
-        if self._first or not lines:
-            self._first = self._first and not lines
-            return joined
-        return b"," + joined
+    def page(self, lines: bytes) -> bytes:
+        if not lines:
+            return b""
+        if self._v2:
+            joined = b",".join(renamed(line) for line in lines.split(b"\n"))
+        else:
+            joined = lines.replace(b"\n", b",")
+        before, self._first = b"" if self._first else b",", False
+        return before + joined
 
 
 async def events(call: Call) -> web.StreamResponse:
@@ -132,7 +135,7 @@ async def logs(call: Call) -> web.StreamResponse:
     with Spooled() as spooled:
         read = ReadRawEvents(run_id=run_id, stream=wanted or "*")
         async for page in read_from(call.api.bus, read):
-            spooled.write(b"".join(chosen.line(line) for line in page))
+            spooled.write(b"".join(chosen.line(line) for line in page.split(b"\n")))
         return await spooled.send(call.request, "text/plain")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
@@ -13,7 +15,6 @@ from voidbus.actors.messages.runs import (
     CancelRun,
     InspectRun,
     ListRuns,
-    RawEvents,
     ReadRawEvents,
     RunAccepted,
     RunList,
@@ -24,11 +25,13 @@ from voidbus.actors.messages.runs import (
 )
 from voidbus.actors.messages.sidecar import InspectSidecar, SidecarState
 from voidbus.actors.messages.telemetry import ReadTelemetry, TelemetryPage
+from voidbus.gateway.api import Api
 from voidbus.gateway.bus import Bus
 from voidbus.gateway.events import EventJson, read_from, wants_v2
 from voidbus.gateway.feed import JOURNAL
 from voidbus.gateway.problems import Code, Problem, problem_of
 from voidbus.gateway.router import Call, explain
+from voidbus.gateway.run_reader import KeptRun
 from voidbus.gateway.spooled import Spooled
 from voidbus.gateway.stages_view import stages_of
 from voidbus.gateway.wire import (
@@ -54,6 +57,11 @@ _SIDECAR_SECONDS = 2.0
 # 60 s.
 _CANCEL_SECONDS = 55.0
 _RUNS_AT_ONCE = 1000
+# Runs whose events are held at one time, for a list.
+_READ_AT_ONCE = 32
+# States that are held as the API writes them, and how long one of them may be (bytes).
+_HEADS_HELD = 512
+_SHORT_STATE = 8192
 
 
 def answer(model: BaseModel, status: int = 200) -> web.Response:
@@ -121,14 +129,9 @@ async def list_runs(call: Call) -> web.StreamResponse:
                 ),
                 RunList,
             )
-            for listed in page.runs:
-                try:
-                    await _write_run(call.api.bus, spooled, listed.id, before=before)
-                except Problem as problem:
-                    if problem.code is not Code.NOT_FOUND:
-                        raise
-                    continue  # it was pruned meanwhile
-                before = b","
+            for at in range(0, len(page.runs), _READ_AT_ONCE):
+                some = page.runs[at : at + _READ_AT_ONCE]
+                before = await _write_listed(call.api, spooled, before, some)
             offset += len(page.runs)
             if not page.runs or offset >= page.total:
                 break
@@ -136,10 +139,34 @@ async def list_runs(call: Call) -> web.StreamResponse:
         return await spooled.send(call.request)
 
 
+async def _write_listed(
+    api: Api, spooled: Spooled, before: bytes, runs: Sequence[RunState]
+) -> bytes:
+    """Runs of a list behind `before`; what goes before the next."""
+    found = await asyncio.gather(*(api.reader.read(run.id) for run in runs), return_exceptions=True)
+    for run, kept in zip(runs, found, strict=True):
+        if isinstance(kept, KeptRun):
+            head, _ = _head(kept.state)
+            spooled.write(before + head)
+            await _write_events(api.bus, spooled, run.id, kept, v2=False)
+            before = b","
+        elif not (isinstance(kept, Problem) and kept.code is Code.NOT_FOUND):
+            raise kept
+        # Else it was pruned meanwhile.
+    return before
+
+
 async def inspect(call: Call) -> web.StreamResponse:
     bus, run_id = call.api.bus, call.params["run_id"]
+    kept = await call.api.reader.read(run_id)
+    head, ended = _head(kept.state)
     with Spooled() as spooled:
-        await _write_run(bus, spooled, run_id, inspect=True, v2=wants_v2(call))
+        spooled.write(head)
+        sidecar = None if ended else await _sidecar(bus, run_id)
+        if sidecar is not None:
+            view = SidecarView.of(sidecar)
+            spooled.write(b',"sidecar":' + view.__pydantic_serializer__.to_json(view))
+        await _write_events(bus, spooled, run_id, kept, v2=wants_v2(call))
         return await spooled.send(call.request)
 
 
@@ -150,32 +177,30 @@ async def _sidecar(bus: Bus, run_id: str) -> SidecarState | None:
     return found if isinstance(found, SidecarState) else None
 
 
-async def _write_run(
-    bus: Bus,
-    spooled: Spooled,
-    run_id: str,
-    *,
-    before: bytes = b"",
-    inspect: bool = False,
-    v2: bool = False,
-) -> None:
-    """A run with its events, which are passed on as they are kept, behind `before`. `inspect`:
-    with its sidecar, if it has one. Raises Problem, having written nothing."""
-    read = ReadRawEvents(run_id=run_id, with_state=True)
-    page, (text, state) = await bus.read(JOURNAL, read, RawEvents)
+def _head(state: bytes) -> tuple[bytes, bool]:
+    """A run's state as the API writes it, without the closing brace, and whether it has ended."""
+    return _short_head(state) if len(state) <= _SHORT_STATE else _written_head(state)
+
+
+def _written_head(state: bytes) -> tuple[bytes, bool]:
     run = RunState.from_json(state)
     head = RunHead.of(run)
-    spooled.write(before + head.__pydantic_serializer__.to_json(head)[:-1])
-    if inspect and not run.status.terminal:
-        sidecar = await _sidecar(bus, run_id)
-        if sidecar is not None:
-            view = SidecarView.of(sidecar)
-            spooled.write(b',"sidecar":' + view.__pydantic_serializer__.to_json(view))
+    return head.__pydantic_serializer__.to_json(head)[:-1], run.status.terminal
+
+
+# Who polls a run mostly finds it as it was.
+_short_head = lru_cache(maxsize=_HEADS_HELD)(_written_head)
+
+
+async def _write_events(
+    bus: Bus, spooled: Spooled, run_id: str, kept: KeptRun, *, v2: bool
+) -> None:
+    """A run's events, which are passed on as they are kept, behind its head."""
     spooled.write(b',"events":[')
     events = EventJson(v2=v2)
-    spooled.write(events.page([line for line in text.split(b"\n") if line]))
-    if page.last < page.last_seq:
-        async for more in read_from(bus, ReadRawEvents(run_id=run_id, after=page.last)):
+    spooled.write(events.page(kept.events))
+    if kept.last < kept.last_seq:
+        async for more in read_from(bus, ReadRawEvents(run_id=run_id, after=kept.last)):
             spooled.write(events.page(more))
     spooled.write(b"]}")
 

@@ -210,18 +210,40 @@ class ReadRawEvents(Message, tag="runs.read_raw_events", right=Right.OBSERVE):
     after_id: str | None = None
     limit: int = Field(default=1000, ge=1, le=1000)
     stream: str | None = None
-    with_state: bool = False
 
 
 class RawEvents(Message, tag="runs.raw_events"):
-    """The reply's attachment has the events as JSON, a line each; a second one the run's state as
-    JSON, where it was asked for. `last` is the seq of the last of the events, `last_seq` that of
-    the newest the journal has; `ended`: no more will come."""
+    """The reply's attachment has the events as JSON, a line each. `last` is the seq of the last of
+    the events, `last_seq` that of the newest the journal has; `ended`: no more will come."""
 
     run_id: str
     last: int
     last_seq: int
     ended: bool
+
+
+class ReadRuns(Message, tag="runs.read", right=Right.OBSERVE):
+    """Runs as they are kept, each with its first events: one question for all that is wanted at
+    one moment."""
+
+    run_ids: tuple[str, ...] = Field(min_length=1, max_length=64)
+
+
+class RunRead(_Part):
+    """One of the runs. `last` is the seq of the last of the events that came along, -1 where none
+    did, `last_seq` that of the newest the journal has. Without `found` there is no such run."""
+
+    run_id: str
+    found: bool
+    last: int = -1
+    last_seq: int = -1
+
+
+class RunsRead(Message, tag="runs.runs_read"):
+    """As many of the runs as one message holds, from the first on; one at least. The reply has two
+    attachments for each that was found: its state as JSON, and its events as JSON, a line each."""
+
+    runs: tuple[RunRead, ...]
 
 
 class CountRunStates(Message, tag="runs.count_states", right=Right.OBSERVE):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,18 +62,16 @@ class Load:
         return len(self.latencies) / self.seconds
 
 
-async def load(path: str, target: str, clients: int, requests: int) -> Load:
-    """`requests` in all, by `clients` that each ask one at a time."""
+async def load(path: str, targets: Sequence[str], clients: int, requests: int) -> Load:
+    """`requests` in all, for the targets in turn, by `clients` that each ask one at a time."""
     connections = [Connection(path) for _ in range(clients)]
     for connection in connections:
         await connection.open()
     done = Load()
-    left = requests
+    wanted = itertools.islice(itertools.cycle(targets), requests)
 
     async def ask(connection: Connection) -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
+        for target in wanted:
             began = time.perf_counter()
             status, _ = await connection.ask("GET", target)
             done.latencies.append(time.perf_counter() - began)
