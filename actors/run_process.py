@@ -210,6 +210,7 @@ class RunProcess:
             host_ports=frozenset(sandbox.host_ports),
             agent=request.agent,
             images=tuple(ImageMount(*image) for image in request.images),
+            kernel_vsock=self._config.kernel_vsock,
         )
 
     def _share(self, name: str) -> Path:

@@ -19,7 +19,13 @@ _SPAWN_TIMEOUT = 20.0
 
 
 def spawn_run(
-    spawner: Spawner, hub: Hub, admitted: Admitted, directory: Path, artifacts: Path
+    spawner: Spawner,
+    hub: Hub,
+    admitted: Admitted,
+    directory: Path,
+    artifacts: Path,
+    *,
+    kernel_vsock: bool,
 ) -> SpawnedProcess:
     """A process for an admitted run. Blocks, on a job's thread. Raises what the spawner raises, and
     BusError where the journal does not take it."""
@@ -36,6 +42,7 @@ def spawn_run(
         input=launch.input,
         policy=launch.policy,
         next_seq=len(launch.events),
+        kernel_vsock=kernel_vsock,
     )
 
     def record(identity: ProcessIdentity) -> None:

@@ -94,6 +94,7 @@ class RunsSettings:
     artifacts_dir: Path
     max_parallel: int
     adoption_deadline: float
+    kernel_vsock: bool = False
 
 
 class Runs(Supervisor):
@@ -248,7 +249,14 @@ class Runs(Supervisor):
         directory = admitted.launch.directory(settings.runs_dir)
 
         def spawn() -> SpawnedProcess:
-            return spawn_run(self._spawner, self._hub, admitted, directory, settings.artifacts_dir)
+            return spawn_run(
+                self._spawner,
+                self._hub,
+                admitted,
+                directory,
+                settings.artifacts_dir,
+                kernel_vsock=settings.kernel_vsock,
+            )
 
         try:
             self.work(spawn, lambda outcome: self._spawned(run, outcome), name=run.run_id)

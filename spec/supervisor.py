@@ -77,6 +77,14 @@ class RetentionConfig(ConfigModel):
     max_bytes: Annotated[int, Field(ge=0, le=U64_MAX)] | None = None
 
 
+class MachinesConfig(ConfigModel):
+    """How machines are made. `kernel_vsock`: those of KVM reach the host through
+    `/dev/vhost-vsock`, which is faster, but then a guest also reaches whatever else listens on
+    AF_VSOCK on the host."""
+
+    kernel_vsock: bool = False
+
+
 class LogConfig(ConfigModel):
     """What the supervisor logs, and how."""
 
@@ -95,6 +103,7 @@ class SupervisorConfig(ConfigModel):
     api: ApiConfig = ApiConfig()
     remote: RemoteConfig = RemoteConfig()
     retention: RetentionConfig = RetentionConfig()
+    machines: MachinesConfig = MachinesConfig()
     log: LogConfig = LogConfig()
 
 

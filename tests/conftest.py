@@ -110,6 +110,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
     "kvm-hardware": _has_kvm_hardware,
     "kvm-headers": _has_kvm_headers,
+    "vhost-vsock": lambda: os.access("/dev/vhost-vsock", os.R_OK | os.W_OK),
     "iasl": lambda: shutil.which("iasl") is not None,
 }
 

@@ -47,7 +47,8 @@ class MachineSpec:
     ``initramfs`` replace the image's own; ``root`` is a local OCI image (see ``unpack_image``)
     whose file system the programs get; ``host_ports`` are ports of the host's 127.0.0.1 that a
     guest with ``network`` may reach at its gateway; ``agent`` names the agent whose layer (see
-    ``agent_layer``) lies over that root, and ``images`` lie over both."""
+    ``agent_layer``) lies over that root, and ``images`` lie over both; ``kernel_vsock`` has the
+    host's kernel serve the guest's sockets, where the machine can (KVM's)."""
 
     run_id: str
     name: str
@@ -66,6 +67,7 @@ class MachineSpec:
     host_ports: frozenset[int] = frozenset()
     agent: str | None = None
     images: tuple[ImageMount, ...] = ()
+    kernel_vsock: bool = False
 
 
 @dataclass(frozen=True)

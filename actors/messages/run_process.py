@@ -27,6 +27,7 @@ class RunConfig(BaseModel):
     input: str | None = Field(default=None, repr=False)
     policy: dict[str, int] | None = None
     next_seq: int
+    kernel_vsock: bool = False
 
 
 class CancelWork(Message, tag="run.cancel", right=Right.OPERATE):

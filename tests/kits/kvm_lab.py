@@ -20,7 +20,7 @@ from voidbus.vm.image.store import default_store
 from voidbus.vm.qemu.process import PROGRAM
 
 META_PACKAGE = "linux-image-amd64"
-MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd")
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd", "vhost_vsock")
 LAB_SECONDS = "3600"
 """After which the lab is ended, whatever it is at."""
 
@@ -41,7 +41,7 @@ mkdir -p /root/dev/shm /root/dev/pts
 mount -t devpts devpts /root/dev/pts
 for place in tmp run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
 chmod 1777 /root/tmp
-chmod 666 /root/dev/kvm
+chmod 666 /root/dev/kvm /root/dev/vhost-vsock
 ip link set lo up
 cp /command /root/run/command
 chroot /root /bin/sh /run/command

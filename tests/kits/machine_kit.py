@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -123,8 +124,9 @@ MakeGuest = Callable[..., Guest]
 
 
 @contextlib.contextmanager
-def machines_of(machine_type: type[Machine], folder: Path) -> Iterator[MakeGuest]:
-    """Makes machines; at the end they are closed, and nothing of them is left."""
+def machines_of(machine_type: type[Machine], folder: Path, **usual: object) -> Iterator[MakeGuest]:
+    """Makes machines, with these fields of their specification where a test says nothing else; at
+    the end they are closed, and nothing of them is left."""
     guests: list[Guest] = []
 
     def build(**changes: object) -> Guest:
@@ -135,6 +137,7 @@ def machines_of(machine_type: type[Machine], folder: Path) -> Iterator[MakeGuest
             "name": f"m{len(guests)}",
             "scratch": scratch,
             "secret": secrets.token_bytes(32),
+            **usual,
             **changes,
         }
         guests.append(Guest(machine_type, MachineSpec(**fields)))  # type: ignore[arg-type]
@@ -160,10 +163,12 @@ def living() -> set[int]:
 
 class MachineConformance:
     machine_type: type[Machine]
+    fields: ClassVar[dict[str, object]] = {}
+    """What else the machines' specification says."""
 
     @pytest.fixture
     def make(self, tmp_path: Path) -> Iterator[MakeGuest]:
-        with machines_of(self.machine_type, tmp_path) as make:
+        with machines_of(self.machine_type, tmp_path, **self.fields) as make:
             yield make
 
     @pytest.fixture
@@ -174,7 +179,7 @@ class MachineConformance:
     @classmethod
     def shared(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
         folder = tmp_path_factory.mktemp("shared")
-        with machines_of(cls.machine_type, folder) as make:
+        with machines_of(cls.machine_type, folder, **cls.fields) as make:
             yield make().start()
 
     # -- exec -----------------------------------------------------------------------------

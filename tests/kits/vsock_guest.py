@@ -67,7 +67,9 @@ class VsockGuest:
         event_idx: bool = False,
         indirect: bool = False,
         buffers: tuple[int, ...] = (44, 4096),
+        cid: int = CID,
     ) -> None:
+        self.cid = cid
         self.rx = DriverQueue(ram, size, event_idx=event_idx)
         self.tx = DriverQueue(ram, size, event_idx=event_idx, indirect=indirect)
         self.buffers = buffers
@@ -90,12 +92,12 @@ class VsockGuest:
         fwd_cnt: int = 0,
         length: int | None = None,
         kind: int = 1,
-        src_cid: int = CID,
+        src_cid: int | None = None,
         dst_cid: int = 2,
     ) -> None:
         """Put one packet into the transmit queue, as two descriptors like Linux."""
         header = HEADER.pack(
-            src_cid,
+            self.cid if src_cid is None else src_cid,
             dst_cid,
             guest_port,
             host_port,
@@ -127,7 +129,7 @@ class VsockGuest:
         for done in self.rx.collect():
             header = HEADER.unpack(done.data[:44])
             src_cid, dst_cid, host, guest, length, kind, op, flags, alloc, fwd = header
-            assert (src_cid, dst_cid) == (2, CID)
+            assert (src_cid, dst_cid) == (2, self.cid)
             assert done.written == 44 + length
             data = done.data[44:]
             packets.append(Packet(op, host, guest, data, flags, alloc, fwd, kind))

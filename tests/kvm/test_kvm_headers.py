@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from voidbus.vm.devices import vhost_calls
 from voidbus.vm.kvm import system
 from voidbus.vm.kvm.calls import ALL
 from voidbus.vm.kvm.structures import (
@@ -40,8 +41,9 @@ CAPABILITIES = {
 
 def expected() -> dict[str, int]:
     """A C expression for each number, and what we take it to be."""
-    found: dict[str, int] = {call.name: call.number for call in ALL}
-    for structure in NAMED:
+    found = {call.name: call.number for call in ALL}
+    found |= {call.name: call.number for call in vhost_calls.ALL}
+    for structure in (*NAMED, *vhost_calls.NAMED):
         name = structure.c_name
         if structure is not KvmRun:
             found[f"sizeof({name})"] = structure_size(structure)
@@ -73,6 +75,7 @@ def test_every_number_size_and_offset_is_that_of_the_headers(tmp_path: Path) -> 
     source = tmp_path / "numbers.c"
     source.write_text(
         "#include <stddef.h>\n#include <stdio.h>\n#include <linux/kvm.h>\n"
+        "#include <linux/vhost.h>\n"
         "int main(void) {\n" + "\n".join(lines) + "\nreturn 0; }\n"
     )
     program = tmp_path / "numbers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from guest_vm import eventually
@@ -108,3 +109,15 @@ class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance)
         assert shell(guest.channel, f"echo x >{paths[1]}/new").result().exit_code == 0
         assert shell(guest.channel, f"echo x >{paths[0]}/new").result().exit_code != 0
         assert b"voidbus.more=vda" in run(guest.channel, "cat", "/proc/cmdline").stdout
+
+
+@pytest.mark.needs("vhost-vsock")
+class TestKvmMachineWithTheKernelsVsock(MachineConformance):
+    machine_type = KvmMachine
+    fields: ClassVar[dict[str, object]] = {"kernel_vsock": True}
+
+    def test_two_machines_have_addresses_of_their_own(self, make: MakeGuest) -> None:
+        first, second = make().start(), make().start()
+        for guest in (first, second):
+            name = guest.machine.spec.name
+            assert run(guest.channel, "echo", name).stdout == f"{name}\n".encode()

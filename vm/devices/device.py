@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from voidbus.vm.devices.event_loop import EventLoop
-from voidbus.vm.devices.virtqueue import Virtqueue
+from voidbus.vm.devices.virtqueue import RingAddresses, Virtqueue
 
 # Feature bits (virtio 1.2, section 6).
 F_INDIRECT_DESC = 1 << 28
@@ -22,15 +23,12 @@ QUEUE_SIZE = 1024
 (VIRTQUEUE_MAX_SIZE), whatever the device says, and Linux takes the most it is given."""
 
 
-class VirtioDevice(ABC):
+class Device(ABC):
     """A device, driven by a transport: the vhost-user back end, or virtio-mmio.
 
     A transport calls everything below on the thread of one ``EventLoop``, in this order:
-    ``attach`` once; then for every driver ``negotiated``, ``queue_started`` for each queue the
-    driver uses (not always all of them), ``queue_notified`` again and again, ``queue_stopped``,
-    and ``reset``; at last ``close``. A queue may be stopped and go on later (the machine was
-    paused, its memory map changed): ``queue_started`` is then called with another ``Virtqueue``
-    and without a ``reset`` before it.
+    ``attach`` once; then for every driver ``negotiated``, the start of each queue the driver uses
+    (not always all of them), ``queue_stopped``, and ``reset``; at last ``close``.
 
     Nothing here may wait. An exception from any of these ends the device, and with it the
     machine: a DeviceError (QueueError, GuestMemoryError) with its text as the reason; any other is
@@ -65,19 +63,9 @@ class VirtioDevice(ABC):
         """The feature bits the driver took, a part of ``features``."""
 
     @abstractmethod
-    def queue_started(self, index: int, queue: Virtqueue) -> None:
-        """Queue ``index`` runs: from now on it may be popped and pushed. ``queue_notified``
-        follows at once, as chains may be waiting."""
-
-    @abstractmethod
-    def queue_notified(self, index: int) -> None:
-        """The driver kicked. Take at most ``queue.size`` chains; with more waiting, come back by
-        ``loop.soon`` so that other descriptors get their turn. Only for started queues."""
-
-    @abstractmethod
     def queue_stopped(self, index: int) -> None:
         """Queue ``index`` stops when this returns: push what was popped now, or it is lost, and
-        forget the ``Virtqueue``. Only for started queues."""
+        forget the queue. Only for started queues."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -87,3 +75,39 @@ class VirtioDevice(ABC):
     def close(self) -> None:
         """Release every descriptor and thread. The loop still runs, for the last time. Again is
         fine."""
+
+
+class VirtioDevice(Device):
+    """A device that serves its queues itself. ``queue_notified`` is called again and again while
+    a queue runs. A queue may be stopped and go on later (the machine was paused, its memory map
+    changed): ``queue_started`` is then called with another ``Virtqueue`` and without a ``reset``
+    before it."""
+
+    @abstractmethod
+    def queue_started(self, index: int, queue: Virtqueue) -> None:
+        """Queue ``index`` runs: from now on it may be popped and pushed. ``queue_notified``
+        follows at once, as chains may be waiting."""
+
+    @abstractmethod
+    def queue_notified(self, index: int) -> None:
+        """The driver kicked. Take at most ``queue.size`` chains; with more waiting, come back by
+        ``loop.soon`` so that other descriptors get their turn. Only for started queues."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A queue for whoever serves it beside this process. ``kick`` and ``interrupt`` are eventfds
+    of the transport's: the driver's writes, and ours to the driver."""
+
+    size: int
+    addresses: RingAddresses
+    kick: int
+    interrupt: int
+
+
+class KernelDevice(Device):
+    """A device whose queues the host's kernel serves (vhost)."""
+
+    @abstractmethod
+    def ring_started(self, index: int, ring: Ring) -> None:
+        """Queue ``index`` runs, in this ring."""

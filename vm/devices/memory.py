@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -56,6 +57,11 @@ class MemoryRegion:
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_DONTDUMP)
         return cls(address, size, mapping, skip)
+
+    @property
+    def host_address(self) -> int:
+        """Where it begins in this process. It holds until ``close``."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view))
 
     def close(self) -> None:
         """Unmap; put off until the last view into the region is gone, if there are any."""

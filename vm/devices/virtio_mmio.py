@@ -13,7 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from voidbus.vm.devices.bus import Registers
-from voidbus.vm.devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
+from voidbus.vm.devices.device import (
+    F_EVENT_IDX,
+    F_INDIRECT_DESC,
+    F_VERSION_1,
+    KernelDevice,
+    Ring,
+    VirtioDevice,
+)
 from voidbus.vm.devices.event_loop import EDGE, READ, EventLoop
 from voidbus.vm.devices.faults import DeviceError
 from voidbus.vm.devices.memory import GuestMemory
@@ -49,7 +56,7 @@ class _Queue:
     descriptors: int = 0
     available: int = 0
     used: int = 0
-    running: Virtqueue | None = None
+    running: bool = False
 
 
 # Halves of addresses: the register, the field, and by how much it is shifted.
@@ -66,7 +73,9 @@ _ADDRESSES = {
 class VirtioMmio(Registers):
     """One device behind its registers. Owns the device from ``attach`` on, and its eventfds."""
 
-    def __init__(self, device: VirtioDevice, memory: GuestMemory, loop: EventLoop) -> None:
+    def __init__(
+        self, device: VirtioDevice | KernelDevice, memory: GuestMemory, loop: EventLoop
+    ) -> None:
         """``memory`` is the caller's and outlives this. Raises OSError."""
         self._device = device
         self._memory = memory
@@ -84,6 +93,9 @@ class VirtioMmio(Registers):
         self._selected = 0
         self._queues = [_Queue(size) for size in device.queue_sizes]
         self._interrupt_lock = threading.Lock()
+        # The kernel tells nobody here when it interrupts the driver, which then has to find that
+        # it was for a queue; the line is this device's alone.
+        self._interrupts = USED_BUFFER if isinstance(device, KernelDevice) else 0
         self._interrupt_status = 0
 
     def attach(self) -> None:
@@ -105,7 +117,7 @@ class VirtioMmio(Registers):
             return 0
         if offset == 0x60:
             with self._interrupt_lock:
-                return self._interrupt_status
+                return self._interrupt_status | self._interrupts
         with self._lock:
             return self._read_register(offset)
 
@@ -246,34 +258,37 @@ class VirtioMmio(Registers):
 
     def _start(self, index: int) -> None:
         queue = self._queues[index]
-        if not queue.ready or queue.running is not None:
+        if not queue.ready or queue.running:
             return
         if queue.size > queue.max_size:
             raise DeviceError(f"queue {index} of size {queue.size}; {queue.max_size} at most")
+        addresses = RingAddresses(queue.descriptors, queue.available, queue.used)
+        device, kick = self._device, self.kicks[index]
+        queue.running = True
+        if isinstance(device, KernelDevice):
+            device.ring_started(index, Ring(queue.size, addresses, kick, self.interrupt_fd))
+            return
         running = Virtqueue(
             self._memory,
             queue.size,
-            RingAddresses(queue.descriptors, queue.available, queue.used),
+            addresses,
             self._interrupt,
             event_idx=bool(self._driver_features & F_EVENT_IDX),
             indirect=bool(self._driver_features & F_INDIRECT_DESC),
         )
         # Edge-triggered, every write is told; so it need not be read (epoll(7)).
-        self._loop.watch(
-            self.kicks[index], READ | EDGE, lambda _: self._device.queue_notified(index)
-        )
-        queue.running = running
-        self._device.queue_started(index, running)
-        self._device.queue_notified(index)
+        self._loop.watch(kick, READ | EDGE, lambda _: device.queue_notified(index))
+        device.queue_started(index, running)
+        device.queue_notified(index)
 
     def _stop(self, index: int) -> None:
         queue = self._queues[index]
-        if queue.running is None:
+        if not queue.running:
             return
         try:
             self._device.queue_stopped(index)
         finally:
-            queue.running = None
+            queue.running = False
             self._loop.unwatch(self.kicks[index])
 
     def _reset(self) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from voidbus.vm.boot_arguments import first_arguments, mount_argument
 from voidbus.vm.devices.block import SECTOR, BlockDevice
-from voidbus.vm.devices.device import VirtioDevice
+from voidbus.vm.devices.device import KernelDevice, VirtioDevice
 from voidbus.vm.devices.entropy import EntropyDevice
 from voidbus.vm.devices.event_loop import EventLoop
 from voidbus.vm.devices.memory import GuestMemory
 from voidbus.vm.devices.network_card import NetworkCard
 from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.shared_directory import SharedDirectory
+from voidbus.vm.devices.vhost_vsock import VhostVsock
 from voidbus.vm.devices.virtio_fs import VirtioFs
 from voidbus.vm.devices.virtio_mmio import REGISTERS_BYTES, VirtioMmio
 from voidbus.vm.devices.vsock import VsockDevice
@@ -79,7 +80,7 @@ class GuestDevices:
         self._on_lease = on_lease
         self._open = contextlib.ExitStack()
         self._loops: list[EventLoop] = []
-        self._vsock: VsockDevice
+        self._connect: Callable[[int], socket.socket]
         self._vsock_loop: EventLoop
         self._disk_loop: EventLoop
         self._network: UserNetwork | None = None
@@ -146,7 +147,7 @@ class GuestDevices:
         self._loops.append(loop)
         return loop
 
-    def _add(self, device: VirtioDevice, loop: EventLoop) -> None:
+    def _add(self, device: VirtioDevice | KernelDevice, loop: EventLoop) -> None:
         transport = VirtioMmio(device, self._memory, loop)
         self._open.callback(transport.close)
         transport.attach()
@@ -173,11 +174,25 @@ class GuestDevices:
         self._disks += 1
 
     def _add_vsock(self) -> None:
-        path = self._here / VSOCK_SOCKET
         self._vsock_loop = self._loop("vsock")
-        self._vsock = VsockDevice(GUEST_CID, functools.partial(open_host_port, path))
-        self._add(self._vsock, self._vsock_loop)
-        HostSockets(path, self._vsock.connect).listen(self._vsock_loop)
+        if self._spec.kernel_vsock:
+            in_kernel = VhostVsock(self._memory)
+            self._connect = in_kernel.connect
+            self._add(in_kernel, self._vsock_loop)
+            return
+        path = self._here / VSOCK_SOCKET
+        device = VsockDevice(GUEST_CID, functools.partial(open_host_port, path))
+        self._connect = functools.partial(self._connect_here, device)
+        self._add(device, self._vsock_loop)
+        HostSockets(path, device.connect).listen(self._vsock_loop)
+
+    def _connect_here(self, device: VsockDevice, port: int) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        if not self._vsock_loop.call(functools.partial(device.connect, port, theirs)):
+            ours.close()
+            theirs.close()
+            raise ConnectionError(f"{self._spec.name}: the socket device is not running")
+        return ours
 
     def _add_mount(self, number: int) -> str:
         """Share a directory; what the kernel is told of it."""
@@ -245,13 +260,8 @@ class GuestDevices:
 
     def connect(self, port: int) -> socket.socket:
         """A stream to a port of the guest, as `VhostUserVsock.connect` gives it. Raises
-        ConnectionError."""
-        ours, theirs = socket.socketpair()
-        if not self._vsock_loop.call(functools.partial(self._vsock.connect, port, theirs)):
-            ours.close()
-            theirs.close()
-            raise ConnectionError(f"{self._spec.name}: the socket device is not running")
-        return ours
+        OSError."""
+        return self._connect(port)
 
     def offer_host_port(self, port: int) -> str | None:
         """See ``Machine.offer_host_port``."""

@@ -65,12 +65,7 @@ class Ram:
     def slots(self) -> tuple[Slot, ...]:
         """What KVM is to be told of it. The addresses hold until ``close``."""
         return tuple(
-            Slot(
-                region.address,
-                region.size,
-                ctypes.addressof(ctypes.c_char.from_buffer(region.view)),
-            )
-            for region in self.memory.regions
+            Slot(region.address, region.size, region.host_address) for region in self.memory.regions
         )
 
     def map_file(self, file: int, offset: int, size: int, address: int) -> int:
