@@ -55,6 +55,7 @@ class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance)
         guest = make(vcpus=2).start()
         assert isinstance(guest.machine, KvmMachine)
         assert sum(guest.machine.exits.values()) < 2000
+        assert list(guest.machine.boot_marks) == ["kernel", "init", "agent"]
         source = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
         said = shell(guest.channel, f"nproc; cat {source}").result().stdout
         assert said == b"2\nkvm-clock\n"

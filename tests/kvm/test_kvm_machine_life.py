@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,17 @@ HELLO = """
 TURN_OFF = """
     66 ba 00 06     ; mov dx, 0x600: the sleep control register
     b0 34           ; mov al, 0x34: S5, now
+    ee              ; out dx, al
+"""
+TELL = """
+    66 ba 10 06     ; mov dx, 0x610
+    b0 01           ; mov al, 1: the first program runs
+    ee              ; out dx, al
+    b0 63           ; mov al, 99: no mark
+    ee              ; out dx, al
+    b0 02           ; mov al, 2: the agent serves
+    ee              ; out dx, al
+    b0 01           ; mov al, 1, again
     ee              ; out dx, al
 """
 ENDLESS = """
@@ -149,3 +161,16 @@ def test_what_brought_the_guest_to_us_is_counted_by_cause(make: MakeGuest) -> No
     failure(guest)
     assert isinstance(guest.machine, KvmMachine)
     assert guest.machine.exits == {"serial port": 3, "power": 1}
+
+
+def test_a_guest_tells_how_far_its_boot_has_come_and_each_mark_counts_once(
+    make: MakeGuest,
+) -> None:
+    guest = make(TELL + TURN_OFF + ENDLESS)
+    began = time.monotonic()
+    failure(guest)
+    assert isinstance(guest.machine, KvmMachine)
+    marks = guest.machine.boot_marks
+    assert list(marks) == ["kernel", "init", "agent"]
+    moments = list(marks.values())
+    assert [began, *moments] == sorted([began, *moments])

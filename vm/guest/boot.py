@@ -24,6 +24,9 @@ that an impatient host has given up."""
 LISTEN_SECONDS = 6.0
 """How long the port may take to be had (protocol, "Guest agent boot": 30 tries of 0.2 s)."""
 
+FIRST_PROGRAM, AGENT_SERVES = 1, 2
+"""Marks of a boot, as the host knows them."""
+
 DIRECTORIES = ("/workspace", "/home/sandbox", "/home/sandbox/.local", "/home/sandbox/.local/bin")
 
 _SETTINGS = (
@@ -51,6 +54,7 @@ class Boot:
         """All of it. Raises RuntimeError and OSError."""
         self._mount_kernel_file_systems()
         self._read_boot_line()
+        self.mark(FIRST_PROGRAM)
         self._failed(*self._modules.load(needed_modules(self.line, has_pci=_has_pci())))
         self.step("kernel modules loaded")
         # From here on a host that connects waits, rather than trying again.
@@ -65,6 +69,17 @@ class Boot:
         self._name_machine()
         self._set_up_network()
         self.step("file systems and network set up")
+
+    def mark(self, mark: int) -> None:
+        """Tell a host that wants to know how far the boot has come."""
+        if self.line.marks is None:
+            return
+        try:
+            with open("/dev/port", "wb", buffering=0) as port:  # noqa: PTH123 - pathlib loads slowly
+                port.seek(self.line.marks)
+                port.write(bytes([mark]))
+        except OSError:
+            pass  # a kernel without it boots as well
 
     def step(self, text: str) -> None:
         """Log something done, with the seconds since the start."""

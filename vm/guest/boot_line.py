@@ -4,7 +4,7 @@ Keys of the protocol ("Guest agent boot"): ``voidbox.secret``, ``voidbox.clock``
 ``voidbox.network=1``, ``voidbox.mount<N>=mount<N>:<guest path>:<ro|rw>``,
 ``voidbox.oci_rootfs=<path>``, ``voidbox.oci_rootfs_dev=<device>``. Our own:
 ``voidbus.hostname=``, ``voidbus.net=<address>/<prefix>,<gateway>[,<DNS server>...]``,
-``voidbus.layers=vda,vdb``, ``voidbus.more=vda``.
+``voidbus.layers=vda,vdb``, ``voidbus.more=vda``, ``voidbus.marks=<port>``.
 
 A value that can't be used becomes a fault, never an exception: a machine that stays silent is
 worse than one that says what it lacks. A fault never repeats the secret.
@@ -26,6 +26,9 @@ MORE_BYTES = 64 * 1024
 
 CLOCK_LIMIT = 2**33
 """The latest time believed, in seconds since 1970: the year 2242."""
+
+LAST_PORT = 0xFFFF
+"""The last port of I/O there is on x86."""
 
 RESERVED = ("/proc", "/sys", "/dev", "/run/voidbus", "/opt/voidbus", "/usr/lib/voidbus")
 """Where nothing of the host may be mounted over, nor below."""
@@ -56,7 +59,8 @@ class NetworkSettings(NamedTuple):
 class BootLine:
     """The keys, each with what it means when it is absent: None, or an empty tuple.
 
-    ``clock`` is seconds since 1970; ``layers``, ``rootfs_device`` and ``more``, which holds
+    ``clock`` is seconds since 1970; ``marks`` is the port of I/O that is told how far the boot has
+    come; ``layers``, ``rootfs_device`` and ``more``, which holds
     further keys, are paths below /dev; ``rootfs_path`` is where the root file system was or is to
     be mounted; ``restart`` tells that the machine ends by a restart (``reboot=t``) and not by
     turning its power off; ``faults`` are the values that could not be used.
@@ -66,6 +70,7 @@ class BootLine:
         self.secret: bytes | None = None
         self.clock: float | None = None
         self.hostname: str | None = None
+        self.marks: int | None = None
         self.network: NetworkSettings | None = None
         self.shares: tuple[Share, ...] = ()
         self.layers: tuple[str, ...] = ()
@@ -146,6 +151,12 @@ def _read_identity(line: BootLine, values: dict[str, str], faults: list[str]) ->
         line.clock = _clock(clock)
         if line.clock is None:
             faults.append(f"voidbox.clock={_shown(clock)}: not seconds since 1970")
+    marks = values.get("voidbus.marks")
+    if marks is not None:
+        if marks.isascii() and marks.isdigit() and len(marks) <= 5 and int(marks) <= LAST_PORT:
+            line.marks = int(marks)
+        else:
+            faults.append(f"voidbus.marks={_shown(marks)}: not a port")
     hostname = values.get("voidbus.hostname")
     if hostname is not None:
         if _is_hostname(hostname):

@@ -13,7 +13,7 @@ import time
 from types import TracebackType
 
 from . import kernel, power
-from .boot import Boot, set_clock
+from .boot import AGENT_SERVES, Boot, set_clock
 from .identity import SANDBOX
 
 TERM_SECONDS = 0.3
@@ -103,6 +103,7 @@ def _serve(boot: Boot) -> None:
     power.take_over_secure_attention_key()
     listener = boot.listener
     assert listener is not None
+    boot.mark(AGENT_SERVES)
     boot.step("serving")
     agent.serve(listener.fileno(), lambda: _accept(listener))
     boot.step("shutting down")

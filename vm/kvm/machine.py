@@ -20,6 +20,8 @@ from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage, ImageError, image_for, require_memory
 from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
 from voidbus.vm.kvm.acpi_tables import SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL
+from voidbus.vm.kvm.boot_marks import MARKS_PORT, BootMarks
+from voidbus.vm.kvm.boot_marks import PORTS as MARKS_PORTS
 from voidbus.vm.kvm.calls import KvmError
 from voidbus.vm.kvm.ending import Ending, EndKind
 from voidbus.vm.kvm.guest_devices import GuestDevices
@@ -66,12 +68,19 @@ class KvmMachine(ImageMachine):
         self._ending: Ending | None = None
         self._ports = Bus()
         self._mmio = Bus()
+        self._marks = BootMarks()
 
     @property
     def exits(self) -> Counter[str]:
         """How often the guest came to this process, by what it came for."""
         counted = self._ports.accesses.copy() + self._mmio.accesses.copy()
         return counted if self._threads is None else counted + self._threads.exits.copy()
+
+    @property
+    def boot_marks(self) -> dict[str, float]:
+        """When (time.monotonic) the kernel was entered, its first program ran ("init") and the
+        guest agent answered ("agent"), as far as it has come."""
+        return dict(self._marks.moments)
 
     # -- start -----------------------------------------------------------------------------
 
@@ -147,6 +156,7 @@ class KvmMachine(ImageMachine):
         machine.raise_line_by(eventfd, SERIAL_LINE)
         serial = SerialPort(self._console.add, eventfd)
         self._ports.add(SERIAL_PORT, SERIAL_PORTS, serial, "serial port")
+        self._ports.add(MARKS_PORT, MARKS_PORTS, self._marks, "boot marks")
         self._ports.add(SLEEP_CONTROL, POWER_PORTS, PowerPort(self._turn_off), "power")
 
     def _run(self) -> None:
@@ -155,6 +165,7 @@ class KvmMachine(ImageMachine):
         assert threads is not None
         try:
             devices.start()
+            self._marks.note("kernel")
             threads.start()
         except RuntimeError as error:  # no thread to be had
             raise MachineError(
