@@ -67,7 +67,7 @@ def main() -> None:
     watched, settle = (1.0, 0.5) if options.quick else (10.0, 5.0)
     with tempfile.TemporaryDirectory(prefix="vb-") as folder, Supervised() as supervised:
         file = Path(folder, "vm.yaml")
-        file.write_text(SANDBOX.read_text().replace("mode: mock", "mode: auto"))
+        file.write_text(SANDBOX.read_text().replace("mode: mock", "mode: qemu"))
         (run_id,) = supervised.start_ready(1, file)
         run = supervised.run_process(run_id)
         qemu = next(pid for pid in descendants(run) if b"qemu-system" in command_line(pid))

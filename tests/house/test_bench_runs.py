@@ -13,19 +13,25 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 NAMES = sorted(path.stem for path in BENCH.glob("*.py"))
 
 
-IN_MACHINES = [pytest.mark.needs("vm"), pytest.mark.timeout(200)]
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """What a bench needs of the machine it runs on."""
+    match name:
+        case "kvm_setup":
+            return [pytest.mark.needs("kvm")]
+        case "kvm_machine":
+            return [pytest.mark.needs("kvm-hardware", "vm"), pytest.mark.timeout(600)]
+        case _ if name.startswith("vm_"):
+            return [pytest.mark.needs("vm"), pytest.mark.timeout(200)]
+    return []
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=IN_MACHINES if name.startswith("vm_") else ()) for name in NAMES],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in NAMES])
 def test_a_bench_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(BENCH / f"{name}.py"), "--quick", "--results", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=180.0 if name.startswith("vm_") else 50.0,
+        timeout=500.0 if "_machine" in name else 180.0 if name.startswith("vm_") else 50.0,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

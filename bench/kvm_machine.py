@@ -1,0 +1,185 @@
+"""A KVM machine of ours with the stock kernel and image, beside QEMU's on the same /dev/kvm.
+
+Floor: QEMU's microvm as voidbus starts it, accelerated.
+Reported: from start to the first program's answer, with its steps; exits handled here during a
+boot, by cause; round trip of a program; bytes a second in and out, with the vsock of ours and with
+the kernel's; private memory beside the guest's, CPU and release of an idle machine.
+Target: a start faster than QEMU's; fewer than 2,000 exits; 12 MB of private memory; 0.1 % of a
+core while idle; 50 ms until everything is released.
+How: in turns, medians. Needs VT-x or SVM: on a host without, `scripts/kvm-lab bench/run
+kvm_machine` measures in an emulated one, where only ratios mean anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from kit.machines import CALL_SECONDS, START_SECONDS, execute, machines_work, make, new_spec
+from kit.measure import Report, interleave, seconds, start_report
+
+from voidbus.vm.channel import GuestChannel
+from voidbus.vm.connect import Connected
+from voidbus.vm.devices.vhost_vsock import VHOST_VSOCK
+from voidbus.vm.kvm.machine import KvmMachine
+from voidbus.vm.kvm.support import kvm_support
+from voidbus.vm.machine import Machine
+from voidbus.vm.qemu.machine import QemuMachine
+
+_FILE = "/workspace/bench.bin"
+_MEGABYTE = 1_000_000
+_STEPS = ("set-up", "kernel", "agent", "handshake", "configure", "first exec")
+
+
+class TimedKvm(KvmMachine):
+    """Notes when its steps are done (time.monotonic)."""
+
+    shaken = configured = 0.0
+
+    def _dial(self, timeout: float) -> Connected:
+        connected = super()._dial(timeout)
+        self.shaken = self.shaken or time.monotonic()
+        return connected
+
+    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
+        super()._ready(channel, deadline, first=first)
+        self.configured = time.monotonic()
+
+
+class Starts:
+    """What was seen of starts of our machine."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, ...]] = []
+        self.exits: Counter[str] = Counter()
+        self.releases: list[float] = []
+
+    def ours(self) -> float:
+        with new_spec("kvm") as spec:
+            machine = make(TimedKvm, spec)
+            assert isinstance(machine, TimedKvm)
+            try:
+                began = time.monotonic()
+                execute(machine.start(START_SECONDS), "true")
+                ended = time.monotonic()
+                self.exits = machine.exits
+                moments = [began, *machine.boot_marks.values()]
+                moments += [machine.shaken, machine.configured, ended]
+                self.steps.append(tuple(b - a for a, b in itertools.pairwise(moments)))
+            finally:
+                self.releases.append(seconds(machine.close))
+        return ended - began
+
+
+def qemus() -> float:
+    with new_spec("qemu") as spec:
+        machine = make(QemuMachine, spec)
+        try:
+            return seconds(lambda: execute(machine.start(START_SECONDS), "true"))
+        finally:
+            machine.close()
+
+
+@contextlib.contextmanager
+def running(kind: type[Machine], *, kernel_vsock: bool = False) -> Iterator[GuestChannel]:
+    with new_spec(kind.name) as spec:
+        machine = make(kind, dataclasses.replace(spec, kernel_vsock=kernel_vsock))
+        try:
+            yield machine.start(START_SECONDS)
+        finally:
+            machine.close()
+
+
+def private_megabytes() -> float:
+    """Private memory of this process without what is the guest's: pages of mappings of its own.
+    Guest memory is a shared memfd, which counts as private here while nobody else maps it."""
+    total, guest = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name and not name.endswith(":"):
+            guest = "memfd:voidbus-guest" in line or "/vmlinux" in line or ".cpio" in line
+        elif name in ("Private_Clean:", "Private_Dirty:") and not guest:
+            total += int(line.split()[1])
+    return total / 1000
+
+
+def idle(report: Report, settle: float, watched: float) -> None:
+    """What a machine costs that nobody asks anything."""
+    before = private_megabytes()
+    with running(KvmMachine) as channel:
+        execute(channel, "true")
+        time.sleep(settle)
+        used, began = time.process_time(), time.monotonic()
+        time.sleep(watched)
+        share = (time.process_time() - used) / (time.monotonic() - began)
+        memory = private_megabytes() - before
+    report.at_most("idle machine: private memory beside the guest's (MB)", memory, 12.0)
+    report.at_most("idle machine: share of a core", share, 0.001)
+
+
+def transfers(report: Report, rounds: int, size: int) -> None:
+    content = os.urandom(size * _MEGABYTE)
+    with contextlib.ExitStack() as stack:
+        channels = {
+            "kvm": stack.enter_context(running(KvmMachine)),
+            "qemu": stack.enter_context(running(QemuMachine)),
+        }
+        if os.access(VHOST_VSOCK, os.R_OK | os.W_OK):
+            kernels = stack.enter_context(running(KvmMachine, kernel_vsock=True))
+            channels["kvm, the kernel's vsock"] = kernels
+        else:
+            report.leave_out("the kernel's vsock", f"{VHOST_VSOCK} is not there")
+
+        def job(what: Callable[[GuestChannel], object]) -> dict[str, Callable[[], float]]:
+            return {
+                name: partial(seconds, partial(what, channel)) for name, channel in channels.items()
+            }
+
+        trips = interleave(rounds * 10, job(lambda channel: execute(channel, "true")))
+        for name, values in trips.items():
+            report.figure(f"exec, {name}: median", median(values) * 1000, "ms")
+        ways: dict[str, Callable[[GuestChannel], object]] = {
+            "file in": lambda c: c.write_file(_FILE, content, CALL_SECONDS),
+            "file out": lambda c: c.read_file(_FILE, CALL_SECONDS),
+        }
+        for way, what in ways.items():
+            for name, values in interleave(rounds, job(what)).items():
+                report.figure(f"{way}, {name}", size / median(values), "MB/s")
+
+
+def main() -> None:
+    report, options = start_report(__file__, __doc__)
+    support = kvm_support()
+    if not support.works:
+        report.leave_out("machines of KVM", support.detail)
+    if not support.works or not machines_work(report):
+        report.write(options.results)
+        return
+    starts = Starts()
+    rounds = 1 if options.quick else 5
+    found = interleave(rounds, {"qemu": qemus, "kvm": starts.ours}, warm=not options.quick)
+    report.figure("qemu: until the first exec's answer", median(found["qemu"]), "s")
+    report.figure("kvm: until the first exec's answer", median(found["kvm"]), "s")
+    for name, values in zip(_STEPS, zip(*starts.steps[-rounds:], strict=True), strict=True):
+        report.figure(f"kvm: {name}", median(values) * 1000, "ms")
+    for cause, count in starts.exits.most_common():
+        report.figure(f"exits of a boot: {cause}", count)
+    idle(report, 0.5 if options.quick else 5.0, 1.0 if options.quick else 20.0)
+    transfers(report, 1 if options.quick else 5, 1 if options.quick else 16)
+    report.at_most("a start: times QEMU's", median(found["kvm"]) / median(found["qemu"]), 1.0)
+    report.at_most("exits of a boot", sum(starts.exits.values()), 2000)
+    released = median(starts.releases[-rounds:]) * 1000
+    report.at_most("from an idle machine to everything released, ms", released, 50.0)
+    report.write(options.results)
+
+
+if __name__ == "__main__":
+    main()
