@@ -44,7 +44,7 @@ def test_the_key_is_added_outside_of_the_guest(tmp_path: Path) -> None:
         spec = {
             "kind": "agent",
             "name": "ask",
-            "sandbox": {"mode": "auto", "memory_mb": 256},
+            "sandbox": {"mode": "qemu", "memory_mb": 256},
             "llm": {"provider": "claude", "base_url": model.url, "max_requests": 1},
             "agent": {"prompt": "x", "command": {"program": "python3", "args": ["-c", ASK]}},
         }
@@ -76,7 +76,7 @@ def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(tmp_path: P
         spec = {
             "kind": "agent",
             "name": "ask",
-            "sandbox": {"mode": "auto", "memory_mb": 256, "env": {"WAIT": "1"}},
+            "sandbox": {"mode": "qemu", "memory_mb": 256, "env": {"WAIT": "1"}},
             "llm": {"provider": "claude", "base_url": model.url},
             "agent": {"prompt": "x", "command": {"program": "python3", "args": ["-c", ASK]}},
         }

@@ -72,7 +72,7 @@ def test_two_agents_in_two_machines_hear_each_other_over_three_iterations(
         "agent",
         name="candidate",
         sandbox={
-            "mode": "auto",
+            "mode": "qemu",
             "memory_mb": 256,
             "env": {"CLAUDIO_TURNS": "1", "CLAUDIO_INTENTS": "2"},
         },

@@ -13,13 +13,15 @@ BOOT_PATIENCE = 120.0
 """Seconds for a run in an emulated guest on a busy machine."""
 
 
-def vm_agent(folder: Path, name: str = "agent", *, network: bool = False, **env: str) -> Path:
+def vm_agent(
+    folder: Path, name: str = "agent", *, mode: str = "qemu", network: bool = False, **env: str
+) -> Path:
     """An agent with messaging in a machine, played by claudio, which the environment directs."""
     return _write(
         folder,
         name,
         kind="agent",
-        sandbox={"mode": "auto", "memory_mb": 256, "network": network, "env": env},
+        sandbox={"mode": mode, "memory_mb": 256, "network": network, "env": env},
         llm={"provider": "claude"},
         agent={"prompt": "do it", "messaging": {"enabled": True}},
     )
@@ -33,7 +35,7 @@ def vm_workflow(
         folder,
         name,
         kind="workflow",
-        sandbox={"mode": "auto", "memory_mb": 256, **sandbox},
+        sandbox={"mode": "qemu", "memory_mb": 256, **sandbox},
         workflow={
             "steps": [
                 {"name": step, "run": {"program": "sh", "args": ["-c", script]}}
