@@ -15,6 +15,7 @@ from voidbus.vm.guest.boot_line import (
 )
 
 SECRET = "0123456789abcdef" * 4
+PROTOCOL_NETWORK = NetworkSettings("10.0.2.15", 24, "10.0.2.2", ("10.0.2.3",))
 LINE = (
     f"console=ttyS0 quiet panic=-1 reboot=t voidbox.secret={SECRET} voidbox.clock=1700000000.5 "
     "voidbus.hostname=run-1 voidbus.net=10.0.2.15/24,10.0.2.2,10.0.2.3 voidbus.layers=vda,vdb "
@@ -47,7 +48,32 @@ def test_an_empty_line_lacks_only_the_secret() -> None:
 
 def test_the_protocols_network_key_gives_the_protocols_addresses() -> None:
     line = parse_boot_line("voidbox.network=1")
-    assert line.network == NetworkSettings("10.0.2.15", 24, "10.0.2.2", ("10.0.2.3",))
+    assert line.network == PROTOCOL_NETWORK
+
+
+def test_the_protocols_network_card_gives_its_addresses_whatever_other_devices_there_are() -> None:
+    others = "virtio_mmio.device=512@0xd0800000:11 virtio_mmio.device=512@0xd1000000:12"
+    card = "virtio_mmio.device=512@0xd0000000:10"
+    for text in (card, f"{card} {others}", f"{others} {card}", f"voidbox.network=0 {card}"):
+        assert parse_boot_line(text).network == PROTOCOL_NETWORK
+    named = parse_boot_line(f"{card} voidbus.net=10.1.0.9/16,10.1.0.1")
+    assert named.network == NetworkSettings("10.1.0.9", 16, "10.1.0.1", ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "virtio_mmio.device=512@0xd0800000:11 virtio_mmio.device=512@0xd1800000:13",
+        "virtio_mmio.device=512@0xd0000000:10:0",
+        "virtio_mmio.device=512@0xD0000000:10",
+        "xvirtio_mmio.device=512@0xd0000000:10",
+        "-- virtio_mmio.device=512@0xd0000000:10",
+        "voidbox.network=0",
+    ],
+)
+def test_what_is_not_exactly_the_protocols_card_is_no_network(text: str) -> None:
+    line = parse_boot_line(f"voidbox.secret={SECRET} {text}")
+    assert (line.network, line.faults) == (None, ())
 
 
 def test_a_mount_is_read_only_unless_it_says_otherwise() -> None:

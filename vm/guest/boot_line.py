@@ -1,8 +1,9 @@
 """What the host says on the kernel command line: a pure parser of its keys.
 
 Keys of the protocol ("Guest agent boot"): ``voidbox.secret``, ``voidbox.clock``,
-``voidbox.network=1``, ``voidbox.mount<N>=mount<N>:<guest path>:<ro|rw>``,
-``voidbox.oci_rootfs=<path>``, ``voidbox.oci_rootfs_dev=<device>``. Our own:
+``voidbox.network=1``, or in its place the kernel's own ``virtio_mmio.device=`` of the network
+card, ``voidbox.mount<N>=mount<N>:<guest path>:<ro|rw>``, ``voidbox.oci_rootfs=<path>``,
+``voidbox.oci_rootfs_dev=<device>``. Our own:
 ``voidbus.hostname=``, ``voidbus.net=<address>/<prefix>,<gateway>[,<DNS server>...]``,
 ``voidbus.layers=vda,vdb``, ``voidbus.more=vda``, ``voidbus.marks=<port>``.
 
@@ -33,7 +34,9 @@ LAST_PORT = 0xFFFF
 RESERVED = ("/proc", "/sys", "/dev", "/run/voidbus", "/opt/voidbus", "/usr/lib/voidbus")
 """Where nothing of the host may be mounted over, nor below."""
 
-_DEFAULT_NETWORK = "10.0.2.15/24,10.0.2.2,10.0.2.3"  # protocol, "Guest agent boot"
+# Protocol, "Guest agent boot": the addresses, and either of what says that there is a card.
+_DEFAULT_NETWORK = "10.0.2.15/24,10.0.2.2,10.0.2.3"
+_NETWORK_SAID = frozenset({("voidbox.network", "1"), ("virtio_mmio.device", "512@0xd0000000:10")})
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 
 
@@ -106,10 +109,13 @@ def parse_boot_line(text: str) -> BootLine:
     """The machine's keys out of the kernel command line. Never raises; the last of a repeated
     key counts."""
     line = BootLine()
-    values = dict(split_parameters(text))
+    parameters = tuple(split_parameters(text))
+    values = dict(parameters)
     faults: list[str] = []
     _read_identity(line, values, faults)
-    _read_network(line, values, faults)
+    # Of the parameters, since each device has a virtio_mmio.device= of its own.
+    network_said = not _NETWORK_SAID.isdisjoint(parameters)
+    _read_network(line, values.get("voidbus.net"), network_said, faults)
     _read_roots(line, values, faults)
     shares = []
     for key, value in values.items():
@@ -179,9 +185,8 @@ def _is_hostname(text: str) -> bool:
     return 0 < len(text) <= 63 and all(c in _LETTERS or c == "-" for c in text) and text[0] != "-"
 
 
-def _read_network(line: BootLine, values: dict[str, str], faults: list[str]) -> None:
-    text = values.get("voidbus.net")
-    if text is None and values.get("voidbox.network") == "1":
+def _read_network(line: BootLine, text: str | None, said: bool, faults: list[str]) -> None:
+    if text is None and said:
         text = _DEFAULT_NETWORK
     if text is None:
         return
