@@ -203,7 +203,7 @@ def test_a_shutdown_ends_stubborn_programs_and_the_machine() -> None:
 
 
 def test_a_host_of_the_base_protocol_is_served_by_its_files() -> None:
-    with GuestVm() as machine:
+    with GuestVm((f"voidbox.clock={CLOCK}",)) as machine:
         channel = machine.channel(Flags.MULTIPLEX)
         settings = GuestSettings(
             env=(("A", "b"),), allowed=("sh",), limits=Limits(2000, 300, 1_000_000)
@@ -211,6 +211,8 @@ def test_a_host_of_the_base_protocol_is_served_by_its_files() -> None:
         assert configure_guest(channel, settings, WAIT) == ()
         assert run(channel, "cat").error == "Command 'cat' is not in the allowed commands list"
         assert out(channel, "echo $A; ulimit -n; ulimit -u").split() == ["b", "2000", "300"]
+        # Nothing but the command line has set the clock here.
+        assert CLOCK <= int(out(channel, "date +%s")) < CLOCK + 600
 
 
 def test_a_machine_without_a_secret_answers_nobody() -> None:
