@@ -8,6 +8,7 @@ while the machine boots and while the supervisor is away.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -70,6 +71,9 @@ SIDECAR_PATH = "sidecar"
 
 # The machine and the sidecar have this long to stop once nothing runs in them.
 _STOP_TIMEOUT = 10.0
+# Those of a cancelled run must have stopped this long after its grace. The machine gets half of it
+# to end in order, and is killed then; what its programs left of the grace is for that too.
+_BEYOND_GRACE = 5.0
 # How long the end of a run waits for the journal while the supervisor is there to take it, and
 # when it isn't: the spool has everything, and the next supervisor reads it.
 _FLUSH_TIMEOUT = 10.0
@@ -135,6 +139,7 @@ class RunActor(Supervisor):
         self._verdict: Verdict | None = None
         self._cancel_reason: str | None = None
         self._grace_timer: Timer | None = None
+        self._cancelled_by = math.inf
         self._machine: str | None = None
         self._linked = False
         self._stages = StageTable()
@@ -364,17 +369,19 @@ class RunActor(Supervisor):
         """Signal what runs, wait out the grace, stop the machine. For this actor's thread."""
         if self._phase is Phase.CANCELLING and grace is not None and self._grace_timer is not None:
             self._grace_timer.cancel()  # asked again, with less patience
-            self._grace_timer = self.after(grace, self._stop_children)
+            self._begin_grace(grace)
         if self._phase not in (Phase.STARTING, Phase.WORKING):
             return
         self._cancel_reason = reason
         anything_runs = self._fleet.terminate()
         self._phase = Phase.CANCELLING
         self._report_progress()
+        self._begin_grace(self._default_grace if grace is None else grace)
         if not anything_runs:
             self._stop_children()
-            return
-        seconds = self._default_grace if grace is None else grace
+
+    def _begin_grace(self, seconds: float) -> None:
+        self._cancelled_by = self.system.clock() + seconds + _BEYOND_GRACE
         self._grace_timer = self.after(seconds, self._stop_children)
 
     def _give_up(self, error: str) -> None:
@@ -413,7 +420,7 @@ class RunActor(Supervisor):
             self._grace_timer.cancel()
         self._phase = Phase.STOPPING
         self._fleet.working = False
-        self._happened(StopAll(self.system.clock() + _STOP_TIMEOUT))
+        self._happened(StopAll(min(self.system.clock() + _STOP_TIMEOUT, self._cancelled_by)))
 
     def all_stopped(self, detail: str) -> None:
         """The machine is gone: only now is the run over."""
