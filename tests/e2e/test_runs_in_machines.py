@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -11,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guest_vm import eventually
-from supervisor_kit import Client, Supervisor, kill, running_supervisor
+from supervisor_kit import PATIENCE, Client, Supervisor, kill, running_supervisor
 from vm_kit import BOOT_PATIENCE, ends, leftovers, parent_of, qemus_of, vm_agent, vm_workflow
 
+from voidbus.actors.messages.artifacts import ArtifactPart, ReadArtifact
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole, RunStatus
 from voidbus.actors.messages.sidecar import IntentList, PutInbox, ReadIntents, SidecarState
 from voidbus.actors.runtime.process import identity_of
@@ -53,11 +56,22 @@ def printed(client: Client, run_id: str) -> str:
     return "\n".join(text for text in texts if text is not None)
 
 
+def structured_output(client: Client, run_id: str) -> dict[str, Any]:
+    """What the one program of a run left in its output file."""
+    (entry,) = client.state(run_id).artifact_publication.manifest
+    asked = client.leaf.ask(
+        "supervisor/archive", ReadArtifact(run_id=run_id, stage=entry.stage), timeout=PATIENCE
+    )
+    assert isinstance(asked.result(), ArtifactPart)
+    output: dict[str, Any] = json.loads(asked.attachments[0])
+    return output
+
+
 INBOX = InboxSnapshot(
     version=1,
     execution_id="e",
     candidate_id="c",
-    iteration=1,
+    iteration=4,
     entries=(
         InboxEntry(message_id="m1", from_candidate_id="peer", kind="signal", payload={"a": 1}),
     ),
@@ -67,7 +81,7 @@ INBOX = InboxSnapshot(
 @pytest.mark.parametrize(
     "network", [False, pytest.param(True, marks=pytest.mark.needs("passt"))], ids=["vsock", "card"]
 )
-def test_an_agent_finds_its_skill_reads_its_inbox_and_reports_to_its_leader(
+def test_an_agent_finds_its_skill_reads_context_and_inbox_and_reports_to_its_leader(
     supervisor: Supervisor, client: Client, tmp_path: Path, network: bool
 ) -> None:
     spec = vm_agent(tmp_path, network=network, CLAUDIO_TURNS="2", CLAUDIO_INTENTS="2")
@@ -78,11 +92,14 @@ def test_an_agent_finds_its_skill_reads_its_inbox_and_reports_to_its_leader(
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert (state.status, state.error) == (RunStatus.SUCCEEDED, None)
     assert (state.machine or "").startswith("qemu")
-    said = printed(client, run_id)
-    assert "void-messaging" in said
+    assert "Skills: void-messaging." in printed(client, run_id)
+    output = structured_output(client, run_id)
+    assert (output["iteration_seen"], output["inbox_seen"]) == (INBOX.iteration, ["m1"])
+    assert output["metrics"]["intents_sent"] == 2
     intents = client.ask("runs", ReadIntents(run_id=run_id))
     assert isinstance(intents, IntentList)
-    assert {intent.audience for intent in intents.intents} >= {"leader"}
+    told = [(intent.kind, intent.audience) for intent in intents.intents]
+    assert told == [("signal", "broadcast"), ("evaluation", "leader")]
     assert leftovers(supervisor, run_id) == []
 
 

@@ -113,6 +113,7 @@ def test_the_output_file_is_json_with_status_and_metrics(claudio: Claudio) -> No
     assert report["status"] == "success"
     assert report["metrics"] == {"turns": 3, "tool_calls": 0, "intents_sent": 0}
     assert (report["summary"], report["inbox_seen"]) == ("Finished 3 turns.", [])
+    assert report["iteration_seen"] is None
     assert [path.name for path in claudio.output.parent.iterdir()] == ["output.json"]
 
 
@@ -222,7 +223,7 @@ def test_an_output_that_cannot_be_written_is_an_error_result(claudio: Claudio) -
     assert "can't write" in result["error"]
 
 
-def test_with_a_sidecar_it_reads_its_inbox_and_sends_intents(claudio: Claudio) -> None:
+def test_with_a_sidecar_it_reads_its_context_and_inbox_and_sends_intents(claudio: Claudio) -> None:
     with running_sidecar() as sidecar:
         sidecar.server.load_inbox(inbox("m1", "m2", version=1, iteration=4))
         session = claudio.run(VOID_SIDECAR_URL=sidecar.url, CLAUDIO_INTENTS="3")
@@ -233,7 +234,7 @@ def test_with_a_sidecar_it_reads_its_inbox_and_sends_intents(claudio: Claudio) -
         ("evaluation", "leader", 4),
     ]
     report = json.loads(claudio.output.read_text())
-    assert report["inbox_seen"] == ["m1", "m2"]
+    assert (report["iteration_seen"], report["inbox_seen"]) == (4, ["m1", "m2"])
     assert report["metrics"]["intents_sent"] == 3
     assert [one["is_error"] for one in session.contents("tool_result")] == [False] * 6
 

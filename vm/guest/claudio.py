@@ -98,6 +98,14 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the sidecar showed: the iteration of its context, the ids of its messages."""
+
+    iteration: int | None = None
+    inbox: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class CommandLine:
     """What Claude Code's command line asks for."""
 
@@ -177,6 +185,13 @@ class Messenger:
         self._stream.tool("Bash", command, text, failed=not succeeded)
         return text if succeeded else None
 
+    def iteration(self) -> int | None:
+        """The iteration the context is of; None where there was no context to be had."""
+        try:
+            return int(json.loads(self.run("context") or "{}")["iteration"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
     def inbox(self) -> list[str]:
         """The ids of the messages in the inbox."""
         text = self.run("inbox")
@@ -242,13 +257,13 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
         stream.noise()
 
     messenger = Messenger(stream) if os.environ.get("VOID_SIDECAR_URL") else None
-    inbox_seen: list[str] = []
+    seen = Seen()
     for turn in range(1, behaviour.turns + 1):
         pause(behaviour.delay_ms)
         stream.say(f"Turn {turn} of {behaviour.turns}.")
         if turn == 1:
             stream.say(f"Skills: {', '.join(skills) or 'none'}.")
-            inbox_seen = look_around(stream, messenger, command, behaviour)
+            seen = look_around(stream, messenger, command, behaviour)
         if behaviour.garbage:
             stream.noise()
         if behaviour.serve:
@@ -270,7 +285,8 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
                     "tool_calls": stream.tool_calls,
                     "intents_sent": 0 if messenger is None else messenger.intents_sent,
                 },
-                "inbox_seen": inbox_seen,
+                "iteration_seen": seen.iteration,
+                "inbox_seen": list(seen.inbox),
             }
             text = json.dumps(report, indent=2)
         error = write_output(stream, path, text)
@@ -281,18 +297,17 @@ def play(command: CommandLine, behaviour: Behaviour) -> int:
 
 def look_around(
     stream: Stream, messenger: Messenger | None, command: CommandLine, behaviour: Behaviour
-) -> list[str]:
-    """What the first turn does with all it has; the ids of the messages in the inbox."""
-    inbox_seen: list[str] = []
+) -> Seen:
+    """What the first turn does with all it has, and what the sidecar showed it."""
+    seen = Seen()
     if messenger is not None:
-        messenger.run("context")
-        inbox_seen = messenger.inbox()
+        seen = Seen(messenger.iteration(), messenger.inbox())
     for number in range(1, behaviour.tools + 1):
         stream.tool("Bash", {"command": f"echo {number}"}, str(number), failed=False)
     if behaviour.mcp:
         for name, url in command.mcp_servers.items():
             use_tools(stream, name, url)
-    return inbox_seen
+    return seen
 
 
 def use_tools(stream: Stream, server: str, url: str) -> None:
