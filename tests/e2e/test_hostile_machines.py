@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guest_vm import with_init
 from machine_kit import WAIT, MakeGuest, Running, machines_of, open_files, shell
 
 from voidbus.vm.channel import ExecCall
-from voidbus.vm.image.cpio import regular, write_archive
-from voidbus.vm.image.store import default_store
 from voidbus.vm.machine import Forward, MachineError
 from voidbus.vm.qemu.machine import QemuMachine
 
@@ -55,16 +53,6 @@ def resident() -> int:
 def make(tmp_path: Path) -> Iterator[MakeGuest]:
     with machines_of(QemuMachine, tmp_path) as make:
         yield make
-
-
-def with_init(folder: Path, script: str) -> dict[str, Path]:
-    """The base image with another /init: a later archive's files replace an earlier one's."""
-    image = default_store().current()
-    initramfs = folder / "hostile.cpio"
-    shutil.copyfile(image.initramfs, initramfs)
-    with initramfs.open("ab") as file:
-        write_archive([regular("init", script.encode(), 0o755)], file)
-    return {"kernel": image.kernel, "initramfs": initramfs}
 
 
 def test_a_guest_that_floods_its_console_is_slowed_and_its_start_ends_in_time(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from voidbus.vm.channel import GuestChannel
 from voidbus.vm.connect import Connected, connect_guest
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
 from voidbus.vm.guest.handshake import EVERYTHING, Flags
+from voidbus.vm.image.cpio import regular, write_archive
 from voidbus.vm.image.store import GuestImage, default_store
 from voidbus.vm.qemu.host_clock import counter_khz
 
@@ -161,3 +163,13 @@ def eventually(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         pause.wait(0.05)
     return True
+
+
+def with_init(folder: Path, script: str) -> dict[str, Path]:
+    """The base image with another /init: a later archive's files replace an earlier one's."""
+    image = default_store().current()
+    initramfs = folder / "with-init.cpio"
+    shutil.copyfile(image.initramfs, initramfs)
+    with initramfs.open("ab") as file:
+        write_archive([regular("init", script.encode(), 0o755)], file)
+    return {"kernel": image.kernel, "initramfs": initramfs}
