@@ -6,12 +6,14 @@ import json
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from machine_kit import Guest, machines_of, run, shell
+from machine_kit import WAIT, Guest, Running, machines_of, run, shell
 from mcp_kit import call, message
 from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
 
+from voidbus.vm.channel import ExecCall
 from voidbus.vm.qemu.machine import QemuMachine
 
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
@@ -150,5 +152,44 @@ def test_a_host_port_that_was_not_named_is_refused(place: Place) -> None:
             result = run(place.guest.channel, "python3", "-c", code, address, str(port))
             assert result.stdout.strip() in (b"ConnectionRefusedError", b"OSError"), result
         other.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            other.accept()
+
+
+@pytest.mark.needs("passt")
+def test_a_port_that_the_specification_names_is_reached_and_no_other(tmp_path: Path) -> None:
+    code = (
+        "import socket, sys\n"
+        "try:\n"
+        "    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 20) as peer:\n"
+        "        peer.sendall(b'from the guest')\n"
+        "        print(peer.recv(100).decode())\n"
+        "except OSError as error:\n"
+        "    print(type(error).__name__)\n"
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as named,
+        socket.create_server(("127.0.0.1", 0)) as other,
+        machines_of(QemuMachine, tmp_path) as make,
+    ):
+        named.settimeout(WAIT)
+        other.settimeout(0)
+        port, other_port = (server.getsockname()[1] for server in (named, other))
+        guest = make(network=True, host_ports=frozenset({port})).start()
+
+        def reach(address: str, port: int) -> Running:
+            call = ExecCall("python3", ("-c", code, address, str(port)), timeout=60)
+            return Running(guest.channel, call)
+
+        reaching = reach("10.0.2.2", port)
+        peer, _ = named.accept()
+        with peer:
+            peer.settimeout(WAIT)
+            assert peer.recv(100) == b"from the guest"
+            peer.sendall(b"from the host")
+            assert reaching.result().stdout == b"from the host\n"
+        assert reach("10.0.2.2", other_port).result().stdout == b"ConnectionRefusedError\n"
+        # It is a port of the gateway, not of the guest's own loopback.
+        assert reach("127.0.0.1", port).result().stdout == b"ConnectionRefusedError\n"
         with pytest.raises(BlockingIOError):
             other.accept()
