@@ -19,8 +19,9 @@ _MOMENT = 0.001
 # When another thread has led for so many moments on end, it waits for something rare. Then the
 # node's thread sleeps until that one leaves, rather than wake each moment.
 _MOMENTS_AWAKE = 4
-# Asleep, it looks this often whether anybody still leads, though whoever leaves recalls it.
-_LOOK_SECONDS = 1.0
+# Asleep, it looks this often whether anybody still leads, though whoever leaves recalls it. It is
+# rare, since in a process that is idle otherwise each look wakes it for nothing.
+_LOOK_SECONDS = 60.0
 
 
 class Lead:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from transport_kit import Answer, Bus, Echo, Look, Mute, Signal, Work
@@ -101,6 +102,35 @@ def test_the_thread_of_the_node_waits_for_the_one_that_leads_however_long() -> N
         lead.leave()
         assert led.wait(PATIENCE)
     assert not lead.take()
+
+
+def test_the_thread_of_the_node_is_not_woken_while_another_leads_for_long() -> None:
+    lead, woken = Lead(), threading.Event()
+    thread: list[int] = []
+
+    def node() -> None:
+        thread.append(threading.get_native_id())
+        lead.stand_by()
+        woken.set()
+
+    def waits() -> int:
+        """How often it has waited for something (proc_pid_status(5))."""
+        text = Path(f"/proc/self/task/{thread[0]}/status").read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    def wakes() -> bool:
+        before = waits()
+        assert not woken.wait(1.5)
+        return waits() != before
+
+    with running(node):
+        take(lead)
+        try:
+            # It falls asleep some moments after it stood aside.
+            assert not all(wakes() for _ in range(5))
+        finally:
+            lead.leave()
+        assert woken.wait(PATIENCE)
 
 
 def test_one_thread_leads_at_a_time_whoever_takes_leaves_and_recalls() -> None:
