@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
@@ -12,10 +13,20 @@ from pathlib import Path
 
 import pytest
 from guest_vm import eventually
-from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
+from machine_kit import (
+    START_WAIT,
+    WAIT,
+    Guest,
+    MachineConformance,
+    MakeGuest,
+    Running,
+    run,
+    shell,
+)
 from mount_kit import MountConformance
 from watch_kit import FileWatchConformance
 
+from voidbus.vm.channel import GuestChannel
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.descendants import stat_fields
 from voidbus.vm.image.cpio import directory, write_archive
@@ -39,6 +50,24 @@ def switches_of(thread: int) -> int:
     """How often a thread of this process has waited for something (proc_pid_status(5))."""
     text = Path(f"/proc/self/task/{thread}/status").read_text()
     return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def serve_once(channel: GuestChannel, port: int) -> Running:
+    """A program in the guest that listens on a vsock port, and answers one connection with what
+    that said, in capitals."""
+    script = (
+        "import socket,sys\n"
+        "s=socket.socket(socket.AF_VSOCK)\n"
+        "s.bind((-1,int(sys.argv[1])))\n"
+        "s.listen()\n"
+        "print('up',flush=True)\n"
+        "c,_=s.accept()\n"
+        "c.sendall(c.makefile('rb').readline().upper())\n"
+    )
+    channel.write_file("/workspace/vsock.py", script.encode(), WAIT)
+    running = shell(channel, f"python3 vsock.py {port}")
+    running.wait_for(b"up")
+    return running
 
 
 def make_mounts(folder: Path, count: int) -> tuple[Mount, ...]:
@@ -108,27 +137,33 @@ class TestQemuMachine(MachineConformance, FileWatchConformance, MountConformance
         self, shared: Guest
     ) -> None:
         path = shared.machine.spec.scratch / VSOCK_SOCKET
-        script = (
-            "import socket\n"
-            "s=socket.socket(socket.AF_VSOCK)\n"
-            "s.bind((-1,9000))\n"
-            "s.listen()\n"
-            "print('up',flush=True)\n"
-            "c,_=s.accept()\n"
-            "c.sendall(c.recv(100).upper())\n"
-        )
-        shared.channel.write_file("/workspace/vsock.py", script.encode(), WAIT)
-        running = shell(shared.channel, "python3 vsock.py")
-        running.wait_for(b"up")
+        running = serve_once(shared.channel, 9000)
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(WAIT)
             client.connect(os.fspath(path))
             client.sendall(b"CONNECT 9000\n")
             lines = client.makefile("rb")
             assert lines.readline().startswith(b"OK ")
-            client.sendall(b"hello")
-            assert lines.read() == b"HELLO"
+            client.sendall(b"hello\n")
+            assert lines.read() == b"HELLO\n"
             lines.close()
+        assert running.result().exit_code == 0
+
+    @pytest.mark.needs("socat")
+    def test_socat_reaches_a_port_of_the_guest(self, shared: Guest) -> None:
+        path = shared.machine.spec.scratch / VSOCK_SOCKET
+        running = serve_once(shared.channel, 9001)
+        # It waits that long for the guest's word after the end of its input.
+        socat = subprocess.run(
+            ["socat", f"-t{WAIT:.0f}", "-", f"UNIX-CONNECT:{path}"],
+            input=b"CONNECT 9001\nhello from socat\n",
+            capture_output=True,
+            timeout=WAIT,
+            check=True,
+        )
+        greeting, _, answer = socat.stdout.partition(b"\n")
+        assert re.fullmatch(rb"OK \d+", greeting)
+        assert answer == b"HELLO FROM SOCAT\n"
         assert running.result().exit_code == 0
 
     def test_a_terminated_qemu_is_reported_with_its_own_words(self, guest: Guest) -> None:
