@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from voidbus.actors.console_file import read_console
+from voidbus.actors.console_file import KEPT, read_console
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole, is_run_id, run_node
 from voidbus.actors.run import RUN_PATH
 from voidbus.actors.runtime.actor import Actor
@@ -43,7 +43,11 @@ class ConsoleDoor:
             if isinstance(outcome, bytes):
                 delivery.reply(ConsoleText(text=outcome.decode(errors="replace")))
             else:
-                delivery.fail(FaultReason.FAILED, f"no console of run {run_id} was kept")
+                delivery.fail(
+                    FaultReason.FAILED,
+                    f"no console of run {run_id} was kept: it had no machine, or {KEPT} others "
+                    f"have ended since. Its events say what became of it: voidbus events {run_id}",
+                )
 
         if not is_run_id(run_id):  # it becomes a path
             delivery.fail(FaultReason.INVALID, "that is no run id")
