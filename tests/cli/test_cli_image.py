@@ -26,7 +26,7 @@ KEY = "0" * 32
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of a user's own, a build that makes a tiny image, and a product of one file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(store, "read_product", lambda: Product("p", ()))
+    monkeypatch.setattr(store, "read_product", lambda: Product("p", (), "1.5"))
     monkeypatch.setattr(store, "product_archive", lambda *_: bytes(512))
     monkeypatch.setattr(building, "build_image", _build)
     return tmp_path / "voidbus/images"
@@ -65,7 +65,10 @@ def test_building_prints_one_json_document(voidbus: Voidbus, cache: Path) -> Non
         True,
     )
     assert document["kernel"] == f"{cache}/distributions/{KEY}/vmlinux"
-    assert [part["name"] for part in document["parts"]] == ["bash", "voidbus"]
+    assert [(part["name"], part["version"]) for part in document["parts"]] == [
+        ("bash", "5.2"),
+        ("voidbus", "1.5"),
+    ]
 
 
 def test_an_image_that_is_not_known_is_an_error_in_a_line(voidbus: Voidbus, cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_what_a_guest_counts_on_is_in_the_image(
     for name in TOOLS:
         present = f"usr/local/bin/{name}" in contents
         assert present == (name in read_product().tools)
+
+
+@needs_image
+def test_every_part_has_a_name_a_version_a_digest_and_a_size(image: GuestImage) -> None:
+    assert len(image.manifest.parts) == 1 + len(BASE.packages) + 1  # the kernel, and voidbus
+    for part in image.manifest.parts:
+        assert part.name
+        assert part.version
+        assert len(part.sha256) == 64
+        assert part.size > 0
+    own = image.manifest.parts[-1]
+    assert (own.name, own.version) == ("voidbus", version("voidbus"))
 
 
 @needs_image

@@ -32,7 +32,7 @@ class Workshop:
 
     def __init__(self, root: Path) -> None:
         self.store = ImageStore(root)
-        self.product = Product("p1", (("guest/init.py", b"one"),))
+        self.product = Product("p1", (("guest/init.py", b"one"),), "1.5")
         self.assembled = 0
 
     def archive(self, product: Product, root: Path, scratch: Path) -> bytes:
@@ -74,7 +74,10 @@ def test_the_initramfs_is_the_two_parts_one_after_the_other(workshop: Workshop) 
     image = workshop.store.current()
     assert image.kernel.read_bytes() == b"kernel"
     assert image.initramfs.read_bytes() == b"base".ljust(512, b"\0") + b"p1".ljust(512, b"\0")
-    assert [part.name for part in image.manifest.parts] == ["pkg", "voidbus"]
+    assert [(part.name, part.version) for part in image.manifest.parts] == [
+        ("pkg", "1"),
+        ("voidbus", "1.5"),
+    ]
     assert image.manifest.unpacked_bytes == 1024
 
 
@@ -88,7 +91,7 @@ def test_an_image_is_put_together_once(workshop: Workshop) -> None:
 def test_changed_files_of_voidbus_make_another_image_without_a_build(workshop: Workshop) -> None:
     workshop.distribute()
     first = workshop.store.current()
-    workshop.product = Product("p2", ())
+    workshop.product = Product("p2", (), "1.5")
     second = workshop.store.current()
     assert second.digest != first.digest
     assert second.kernel == first.kernel
@@ -98,7 +101,7 @@ def test_changed_files_of_voidbus_make_another_image_without_a_build(workshop: W
 def test_only_the_newest_images_stay(workshop: Workshop) -> None:
     workshop.distribute()
     for number in range(store.KEPT_IMAGES + 3):
-        workshop.product = Product(f"p{number}", ())
+        workshop.product = Product(f"p{number}", (), "1.5")
         last = workshop.store.current()
     images = workshop.store.list()
     assert len(images) == store.KEPT_IMAGES

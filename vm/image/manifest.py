@@ -17,8 +17,9 @@ FORMAT = 1
 class Part:
     """One ingredient: a distribution package, or the product's own files.
 
-    `sha256` is of the package's file (of the product's files, taken together), `size` what was
-    taken of it for the guest, in bytes, before Python's sources were compiled.
+    `version` is the package's, or voidbus's own. `sha256` is of the package's file (of the
+    product's files, taken together), `size` what was taken of it for the guest, in bytes, before
+    Python's sources were compiled.
     """
 
     name: str

@@ -7,6 +7,7 @@ import hashlib
 import io
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from voidbus.vm.image import cpio, tree
@@ -81,10 +82,12 @@ _DIRECTORIES = (
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """The product's sources, as they are now. `digest` names them and this file."""
+    """The product's sources, as they are now, and voidbus's version. `digest` names them and
+    this file."""
 
     digest: str
     sources: tuple[tuple[str, bytes], ...]
+    version: str
 
     @property
     def tools(self) -> tuple[str, ...]:
@@ -104,11 +107,13 @@ def read_product(folders: dict[str, tuple[Path, tuple[str, ...] | None]] = FOLDE
         names = chosen or tuple(path.name for path in place.glob("*.py"))
         sources += [(f"{folder}/{name}", (place / name).read_bytes()) for name in sorted(names)]
     seal = hashlib.sha256()
-    # This file too: what it adds of its own is part of the product.
-    own = ("product", Path(__file__).read_bytes())
-    for path, content in (*sources, own):
+    # This file too: what it adds of its own is part of the product. And the version: an image's
+    # manifest names it.
+    release = version("voidbus")
+    own = (("product", Path(__file__).read_bytes()), ("version", release.encode()))
+    for path, content in (*sources, *own):
         seal.update(f"{path}\0{len(content)}\0".encode() + content)
-    return Product(seal.hexdigest(), tuple(sources))
+    return Product(seal.hexdigest(), tuple(sources), release)
 
 
 def product_archive(product: Product, root: Path, scratch: Path) -> bytes:

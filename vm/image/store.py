@@ -262,7 +262,7 @@ class ImageStore:
             made = replace(
                 manifest,
                 unpacked_bytes=manifest.unpacked_bytes + len(own),
-                parts=(*manifest.parts, Part("voidbus", "", product.digest, len(own))),
+                parts=(*manifest.parts, Part("voidbus", product.version, product.digest, len(own))),
                 programs=(*manifest.programs, *(f"/{TOOLS_FOLDER}/{t}" for t in product.tools)),
                 files=(
                     kernel,
