@@ -5,11 +5,13 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import stat
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from voidbus.vm.image import cpio, tree
 from voidbus.vm.image.elf import Elf, ElfError
 from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.kernel import extract_vmlinux
-from voidbus.vm.image.kernel_modules import load_order, modules_dep
+from voidbus.vm.image.kernel_modules import built_in_modules, load_order, modules_dep
 from voidbus.vm.image.manifest import Manifest, Part, StoredFile
 
 # -- cpio --------------------------------------------------------------------------------------
@@ -248,6 +250,7 @@ def test_modules_come_with_all_they_need_each_after_what_it_needs(modules: Path)
         "kernel/fs/own.ko:",
     ]
     assert all(module.content.startswith(b"\x7fELF") for module in loaded)
+    assert built_in_modules(modules) == {"builtin_one"}
 
 
 def test_modules_that_are_missing_are_named_together(modules: Path) -> None:
@@ -272,11 +275,18 @@ MANIFEST = Manifest(
     ("/bin/sh",),
     ("m",),
     (StoredFile("f", "c", 4),),
+    ("n",),
 )
 
 
 def test_a_manifest_comes_back_as_it_was_written() -> None:
     assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
+
+
+def test_a_manifest_from_before_built_in_modules_were_noted_has_none() -> None:
+    document = json.loads(MANIFEST.to_json())
+    del document["built_in"]
+    assert Manifest.from_json(json.dumps(document)) == replace(MANIFEST, built_in=())
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "5", MANIFEST.to_json().replace("6.1", "1\\")])

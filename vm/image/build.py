@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from voidbus.vm.image import cpio, tree
 from voidbus.vm.image.agent_layers import AGENTS
@@ -14,7 +15,7 @@ from voidbus.vm.image.bytecode import compile_folder
 from voidbus.vm.image.elf import Elf
 from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.kernel import extract_vmlinux
-from voidbus.vm.image.kernel_modules import Module, load_order, modules_dep
+from voidbus.vm.image.kernel_modules import built_in_modules, load_order, module_name, modules_dep
 from voidbus.vm.image.manifest import Manifest, Part
 from voidbus.vm.image.packages import Package, download, resolve, unpack
 from voidbus.vm.image.recipe import PYTHON, RECIPES, REVISION, Recipe
@@ -76,9 +77,8 @@ def make_distribution(
         report("unpacking the kernel")
         unpacked = Path(work) / "kernel"
         unpack(files[kernel.name], unpacked)
-        vmlinux, modules, release = _take_kernel(unpacked, root, folder, recipe)
-        size = vmlinux + sum(len(module.content) for module in modules)
-        parts.append(Part(kernel.name, kernel.version, kernel.sha256, size))
+        taken = _take_kernel(unpacked, root, folder, recipe)
+        parts.append(Part(kernel.name, kernel.version, kernel.sha256, taken.size))
         shutil.rmtree(unpacked)
         report("unpacking packages")
         for package in packages:
@@ -96,34 +96,49 @@ def make_distribution(
         cpio.write_archive(tree.entries(root), stream)
     manifest = Manifest(
         name=recipe.name,
-        kernel_release=release,
+        kernel_release=taken.release,
         kernel_bytes=Elf((folder / "vmlinux").read_bytes()).loaded_bytes(),
         unpacked_bytes=tree.memory_bytes(root),
         parts=tuple(parts),
         programs=recipe.programs,
-        modules=tuple(module.name for module in modules),
+        modules=taken.modules,
+        built_in=taken.built_in,
     )
     (folder / "manifest.json").write_text(manifest.to_json())
 
 
-def _take_kernel(
-    unpacked: Path, root: Path, folder: Path, recipe: Recipe
-) -> tuple[int, list[Module], str]:
-    """Writes the kernel and its modules; the kernel's size, the modules, the release."""
+class _Taken(NamedTuple):
+    """What was taken of a kernel's package; `size` in bytes, modules by name."""
+
+    release: str
+    size: int
+    modules: tuple[str, ...]
+    built_in: tuple[str, ...]
+
+
+def _take_kernel(unpacked: Path, root: Path, folder: Path, recipe: Recipe) -> _Taken:
+    """Writes the kernel and its modules."""
     found = sorted((unpacked / "boot").glob("vmlinuz-*"))
     if len(found) != 1:
         raise ImageError(f"the kernel's package has {len(found)} kernels instead of one")
     release = found[0].name.removeprefix("vmlinuz-")
     vmlinux = extract_vmlinux(found[0].read_bytes(), found[0].name)
     (folder / "vmlinux").write_bytes(vmlinux)
-    modules = load_order(_modules_folder(unpacked, release), recipe.modules)
+    source = _modules_folder(unpacked, release)
+    modules = load_order(source, recipe.modules)
+    built_in = built_in_modules(source) & {module_name(name) for name in recipe.modules}
     target = root / "usr/lib/modules" / release
     for module in modules:
         path = target / module.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(module.content)
     (target / "modules.dep").write_text(modules_dep(modules))
-    return len(vmlinux), modules, release
+    return _Taken(
+        release,
+        len(vmlinux) + sum(len(module.content) for module in modules),
+        tuple(module.name for module in modules),
+        tuple(sorted(built_in)),
+    )
 
 
 def _modules_folder(unpacked: Path, release: str) -> Path:

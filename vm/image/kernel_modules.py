@@ -27,6 +27,15 @@ def module_name(text: str) -> str:
     return text.replace("-", "_")
 
 
+def built_in_modules(folder: Path) -> set[str]:
+    """The names of what a kernel has in it, and needs no file for. `folder` is as in
+    `load_order`."""
+    return {
+        module_name(line.rpartition("/")[2].partition(".ko")[0])
+        for line in (folder / "modules.builtin").read_text().splitlines()
+    }
+
+
 def load_order(folder: Path, wanted: Iterable[str]) -> list[Module]:
     """The wanted modules and all they need, each after what it needs.
 
@@ -34,10 +43,7 @@ def load_order(folder: Path, wanted: Iterable[str]) -> list[Module]:
     naming the modules that are neither there nor built in.
     """
     found = {module_name(path.name.partition(".ko")[0]): path for path in folder.rglob("*.ko*")}
-    built_in = {
-        module_name(line.rpartition("/")[2].partition(".ko")[0])
-        for line in (folder / "modules.builtin").read_text().splitlines()
-    }
+    built_in = built_in_modules(folder)
     missing: list[str] = []
     ordered: dict[str, Module] = {}
 

@@ -44,7 +44,8 @@ class Manifest:
     `kernel_bytes` is the memory the kernel's segments take when loaded (ELF `p_memsz`),
     `unpacked_bytes` what the initramfs takes once it is unpacked. `programs` are the absolute
     paths of what a guest can count on; `modules` the kernel modules by name, each after those it
-    needs. `files` are the kernel and the initramfs, in this order.
+    needs, `built_in` those of the recipe's that the kernel has in it. `files` are the kernel and
+    the initramfs, in this order.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Manifest:
     programs: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     files: tuple[StoredFile, ...] = ()
+    built_in: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The manifest as JSON text, the same for the same content."""
@@ -73,6 +75,7 @@ class Manifest:
             ],
             "programs": list(self.programs),
             "modules": list(self.modules),
+            "built_in": list(self.built_in),
             "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self.files],
         }
 
@@ -94,6 +97,8 @@ class Manifest:
                 ),
                 programs=tuple(str(program) for program in document["programs"]),
                 modules=tuple(str(module) for module in document["modules"]),
+                # Manifests of images that were built before it was written have none.
+                built_in=tuple(str(module) for module in document.get("built_in", ())),
                 files=tuple(
                     StoredFile(str(f["path"]), str(f["sha256"]), int(f["size"]))
                     for f in document["files"]

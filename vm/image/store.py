@@ -19,13 +19,13 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from voidbus.vm.image import publishing, upkeep
 from voidbus.vm.image.fault import ImageError
-from voidbus.vm.image.guest_image import GuestImage, given_image
+from voidbus.vm.image.guest_image import GIVEN, GuestImage, given_image
 from voidbus.vm.image.manifest import Manifest, Part, read_manifest
 from voidbus.vm.image.packages import package_file
 from voidbus.vm.image.product import TOOLS_FOLDER, Product, product_archive, read_product
@@ -37,6 +37,7 @@ __all__ = [
     "default_store",
     "image_for",
     "require_memory",
+    "require_modules",
 ]
 
 BUILD_SECONDS = 1800.0
@@ -333,6 +334,21 @@ def least_memory(image: GuestImage) -> int:
     archive = image.manifest.files[-1].size
     files = archive + 2 * image.manifest.unpacked_bytes
     return ((image.manifest.kernel_bytes + files + WORKING_BYTES - 1) >> 20) + 1
+
+
+def require_modules(image: GuestImage, names: Iterable[str]) -> None:
+    """Raises ImageError, naming them, where the image has not all these kernel modules. Of files
+    that are not ours it is not known."""
+    manifest = image.manifest
+    if image.name == GIVEN:
+        return
+    missing = sorted(set(names).difference(manifest.modules, manifest.built_in))
+    if missing:
+        raise ImageError(
+            f"the guest image {image.name} lacks the kernel modules {', '.join(missing)}, without "
+            "which this machine can't do its work: another version of voidbus built it; run "
+            f"`voidbus image build {image.name}`"
+        )
 
 
 def _own_files() -> Product:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from voidbus.vm.agent_machine import KILL_SECONDS
+from voidbus.vm.boot_image import boot_image
 from voidbus.vm.devices.bus import Bus
 from voidbus.vm.devices.serial_port import PORTS as SERIAL_PORTS
 from voidbus.vm.devices.serial_port import SerialPort
 from voidbus.vm.devices.shared_directory import MountError
 from voidbus.vm.devices.virtio_mmio import QUEUE_NOTIFY
 from voidbus.vm.image.guest_image import GIVEN
-from voidbus.vm.image.store import GuestImage, ImageError, image_for, require_memory
+from voidbus.vm.image.store import GuestImage, ImageError
 from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
 from voidbus.vm.kvm.acpi_tables import SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL
 from voidbus.vm.kvm.boot_marks import MARKS_PORT, BootMarks
@@ -100,8 +101,7 @@ class KvmMachine(ImageMachine):
     def _build(self, deadline: float) -> None:
         """All of the machine, ready to run; what is made is freed by `_release`."""
         spec = self.spec
-        image = image_for(spec.kernel, spec.initramfs)
-        require_memory(image, spec.memory_mb)
+        image = boot_image(spec)
         kvm = Kvm()
         self._open.callback(kvm.close)
         most = min(kvm.capability(MAX_VCPUS), MOST_VCPUS)

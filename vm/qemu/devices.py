@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from voidbus.vm.boot_arguments import first_arguments, mount_argument
+from voidbus.vm.boot_image import boot_image
 from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.vhost_user_fs import MountError, VhostUserFs
 from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
 from voidbus.vm.guest.boot_line import MORE_BYTES
 from voidbus.vm.image.guest_image import GIVEN
-from voidbus.vm.image.store import (
-    GuestImage,
-    ImageError,
-    image_for,
-    require_memory,
-)
+from voidbus.vm.image.store import GuestImage, ImageError
 from voidbus.vm.machine import Lease, MachineError, MachineSpec
 from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
@@ -121,8 +117,7 @@ class Devices:
 
     def _prepare(self, deadline: float) -> None:
         spec = self._spec
-        self._image = image_for(spec.kernel, spec.initramfs)
-        require_memory(self._image, spec.memory_mb)
+        self._image = boot_image(spec)
         # A path through the opened directory is short, however long the directory's own is.
         folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open.callback(os.close, folder)
