@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, settings
 # No supervisor of a test takes the place where the user's clients look for one.
 os.environ["VOIDBUS_API__LISTEN"] = "off"
 
+NOBODY = 65534
+
 
 def _can_mount() -> bool:
     if os.geteuid() != 0:
@@ -41,6 +43,36 @@ def _has_image() -> bool:
     except ImageError:
         return False
     return True
+
+
+def _has_packages() -> bool:
+    from voidbus.vm.image.build import choose_packages
+    from voidbus.vm.image.recipe import BASE
+    from voidbus.vm.image.store import ImageError, default_store
+
+    try:
+        kernel, others = choose_packages(BASE)
+        folder = default_store().packages
+    except ImageError:
+        return False
+    there = all((folder / package.file_name).exists() for package in (kernel, *others))
+    return there and shutil.which("dpkg-deb") is not None
+
+
+def _can_be_another_user() -> bool:
+    """Whether this process may become another user, who may read this checkout."""
+    try:
+        looked = subprocess.run(
+            ["test", "-r", __file__],
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            check=False,
+            timeout=10,
+        )
+    except OSError:
+        return False
+    return looked.returncode == 0
 
 
 def _has_qemu() -> bool:
@@ -96,7 +128,9 @@ def _has_kvm_headers() -> bool:
 CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
+    "other-user": _can_be_another_user,
     "image": _has_image,
+    "packages": _has_packages,
     "qemu": _has_qemu,
     "vm": lambda: _has_qemu() and _has_image(),
     "passt": _has_passt,
