@@ -133,7 +133,7 @@ def verify(as_json: bool) -> int:
 
 
 @image.command()
-@click.option("--layers", is_flag=True, help="Remove the layers made of directories and images.")
+@click.option("--layers", is_flag=True, help="Remove the layers made of container images.")
 @click.option("--all", "everything", is_flag=True, help="Remove everything.")
 @json_option
 def clean(layers: bool, everything: bool, as_json: bool) -> None:

@@ -23,7 +23,7 @@ class RootDisks(NamedTuple):
 
 def root_disks(spec: MachineSpec, image: GuestImage) -> RootDisks:
     """What a machine's root is made of. Raises ImageError; makes what the store lacks."""
-    layers = [*image.layers, *_agent_layer(spec, image), *_images(spec, image)]
+    layers = [*_agent_layer(spec, image), *_images(spec, image)]
     arguments = []
     if layers:
         names = ",".join(disk_name(number) for number in range(len(layers)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from image_kit import link, member, tar
 
 from voidbus.vm.image import layers
 from voidbus.vm.image.fault import ImageError
-from voidbus.vm.image.layers import layer_of_directory, layer_of_tar
+from voidbus.vm.image.layers import layer_of_tar
 from voidbus.vm.image.squashfs import set_root_time
 
 needs_squashfs = pytest.mark.needs("squashfs")
@@ -43,21 +42,21 @@ def times(layer: Path) -> list[str]:
     return [line for line in shown.splitlines() if "squashfs-root" in line]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "tools"
-    (folder / "bin").mkdir(parents=True)
-    (folder / "bin/tool").write_text("#!/bin/sh\n")
-    (folder / "bin/tool").chmod(0o755)
-    (folder / "bin/other").symlink_to("tool")
-    os.mkfifo(folder / "pipe")
-    return folder
+TOOLS = tar(
+    member("bin", None, mtime=1_000_000_000),
+    member("bin/tool", b"#!/bin/sh\n", mode=0o755, mtime=1_000_000_000),
+    link("bin/other", "tool"),
+)
+
+
+def tools(store: Path, identity: str = "tools") -> Path:
+    """The layer with TOOLS in the store."""
+    return layer_of_tar(store, identity, "the tools", lambda out: feed(out, TOOLS))
 
 
 @needs_squashfs
-def test_a_directory_becomes_a_layer_owned_by_root(folder: Path, tmp_path: Path) -> None:
-    layer = layer_of_directory(tmp_path / "store", folder)
-    assert listing(layer) == {
+def test_a_layers_topmost_directory_is_roots_whatever_is_in_it(tmp_path: Path) -> None:
+    assert listing(tools(tmp_path)) == {
         "/": "drwxr-xr-x 0/0",
         "/bin": "drwxr-xr-x 0/0",
         "/bin/other": "lrwxrwxrwx 0/0 -> tool",
@@ -66,36 +65,32 @@ def test_a_directory_becomes_a_layer_owned_by_root(folder: Path, tmp_path: Path)
 
 
 @needs_squashfs
-def test_a_directory_that_has_not_changed_is_not_packed_again(folder: Path, tmp_path: Path) -> None:
-    first = layer_of_directory(tmp_path / "store", folder)
+def test_a_layer_is_made_once_for_what_it_is_known_by(tmp_path: Path) -> None:
+    first = tools(tmp_path)
     inode = first.stat().st_ino
-    assert layer_of_directory(tmp_path / "store", folder).stat().st_ino == inode
-    (folder / "bin/more").write_text("x")
-    assert layer_of_directory(tmp_path / "store", folder) != first
+    again = layer_of_tar(tmp_path, "tools", "the tools", lambda _: pytest.fail("made again"))
+    assert again.stat().st_ino == inode
+    assert tools(tmp_path, "other tools") != first
 
 
 @needs_squashfs
-def test_files_keep_their_times(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_keep_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python, for one, believes a file's time."""
-    os.utime(folder / "bin/tool", (1_000_000_000, 1_000_000_000))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "7")
     monkeypatch.setenv("TZ", "UTC")
-    shown = times(layer_of_directory(tmp_path / "store", folder))
-    (tool,) = (line for line in shown if line.endswith("/bin/tool"))
+    (tool,) = (line for line in times(tools(tmp_path)) if line.endswith("/bin/tool"))
     assert "2001-09-09 01:46" in tool
 
 
 @needs_squashfs
-def test_the_same_directory_gives_the_same_bytes_at_another_time(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_same_content_gives_the_same_bytes_at_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "UTC")
-    first = layer_of_directory(tmp_path / "one", folder)
+    first = tools(tmp_path / "one")
     made = int(time.time())
     assert eventually(lambda: int(time.time()) > made, 5)  # squashfs counts seconds
-    second = layer_of_directory(tmp_path / "two", folder)
+    second = tools(tmp_path / "two")
     assert first.read_bytes() == second.read_bytes()
     assert times(first)[0].split()[3:5] == ["1970-01-01", "00:00"]
 
@@ -123,11 +118,11 @@ def test_what_is_no_squashfs_gets_no_time(tmp_path: Path) -> None:
 
 
 @needs_squashfs
-def test_a_damaged_layer_is_made_anew(folder: Path, tmp_path: Path) -> None:
-    layer = layer_of_directory(tmp_path / "store", folder)
-    good = listing(layer)
-    layer.write_bytes(layer.read_bytes()[:-5000])
-    assert listing(layer_of_directory(tmp_path / "store", folder)) == good
+def test_a_damaged_layer_is_made_anew(tmp_path: Path) -> None:
+    layer = tools(tmp_path)
+    good = layer.read_bytes()
+    layer.write_bytes(good[:-100])
+    assert tools(tmp_path).read_bytes() == good
 
 
 @needs_squashfs
@@ -170,14 +165,9 @@ def test_a_tool_that_fails_is_told_with_its_words(
 
 
 def test_a_host_without_the_tool_is_told_how_to_get_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("sqfstar") is None
     with pytest.raises(ImageError, match="sudo apt-get install squashfs-tools"):
-        layer_of_directory(tmp_path / "store", folder)
-
-
-def test_what_is_no_directory_makes_no_layer(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="is no directory"):
-        layer_of_directory(tmp_path, tmp_path / "absent")
+        tools(tmp_path)

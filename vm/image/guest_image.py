@@ -27,11 +27,11 @@ _INIT_SIZE = 0x260
 
 @dataclass(frozen=True)
 class GuestImage:
-    """A kernel and an initramfs that belong together, and the layers above them.
+    """A kernel and an initramfs that belong together.
 
     `kernel` is an uncompressed ELF vmlinux (a given one may be a bzImage); `initramfs` a newc
-    archive (a given one may be compressed); `layers` are read-only squashfs files, the first one
-    lowest. `digest` names the content: two images with the same digest are the same.
+    archive (a given one may be compressed). `digest` names the content: two images with the same
+    digest are the same.
     """
 
     name: str
@@ -39,7 +39,6 @@ class GuestImage:
     kernel: Path
     initramfs: Path
     manifest: Manifest
-    layers: tuple[Path, ...] = ()
 
 
 def given_image(kernel: Path, initramfs: Path) -> GuestImage:

@@ -1,4 +1,4 @@
-"""Read-only layers: squashfs files in the store, made of a directory or of a stream of tar.
+"""Read-only layers: squashfs files in the store, made of a stream of tar.
 
 They are made by `sqfstar` as an ordinary user: owners and devices are only told to it, in the tar
 stream. LZ4 is what a guest decompresses fastest.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import stat
 import subprocess
-import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,26 +36,6 @@ _BLOCK = 1 << 20
 
 Writer = Callable[[BinaryIO], None]
 """Writes a whole tar archive to the stream it is given."""
-
-
-def layer_of_directory(root: Path, folder: Path) -> Path:
-    """The layer in the store at `root` that holds what `folder` holds, owned by root.
-
-    It is made where there is none for the directory as it is now: names, sizes, modes and times
-    are compared, not the content. Raises ImageError.
-    """
-    try:
-        if not folder.is_dir():
-            raise ImageError(f"{folder} is no directory, so no layer can be made of it")
-        paths = sorted(folder.rglob("*"))
-        seal = hashlib.sha256(os.fsencode(folder.resolve()))
-        for path in paths:
-            status = path.lstat()
-            seal.update(os.fsencode(path.relative_to(folder)) + b"\0")
-            seal.update(f"{status.st_mode} {status.st_size} {status.st_mtime_ns}\0".encode())
-    except OSError as error:
-        raise ImageError(f"the layer's directory {folder} can't be read: {error}") from error
-    return layer_of_tar(root, seal.hexdigest(), str(folder), lambda out: _pack(folder, paths, out))
 
 
 def layer_of_tar(root: Path, identity: str, name: str, write: Writer) -> Path:
@@ -140,25 +118,3 @@ def _feed(child: subprocess.Popen[bytes], write: Writer) -> bool:
         with contextlib.suppress(BrokenPipeError):
             stream.close()
     return False
-
-
-def _pack(folder: Path, paths: list[Path], out: BinaryIO) -> None:
-    with tarfile.open(
-        fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, encoding="utf-8"
-    ) as archive:
-        for path in paths:
-            status = path.lstat()
-            info = tarfile.TarInfo(path.relative_to(folder).as_posix())
-            info.mode = stat.S_IMODE(status.st_mode)
-            info.mtime = int(status.st_mtime)
-            if stat.S_ISREG(status.st_mode):
-                info.size = status.st_size
-                with path.open("rb") as file:
-                    archive.addfile(info, file)
-            elif stat.S_ISDIR(status.st_mode):
-                info.type = tarfile.DIRTYPE
-                archive.addfile(info)
-            elif stat.S_ISLNK(status.st_mode):
-                info.type, info.linkname = tarfile.SYMTYPE, os.fspath(path.readlink())
-                archive.addfile(info)
-            # Sockets, pipes and devices of the host mean nothing in a guest.
