@@ -3,6 +3,12 @@
 Machine type `microvm` with ACPI: the stock kernel finds its virtio-mmio devices by ACPI
 (`LNRO0005`), since it has no command-line option for them. Switching the PIT or the RTC off too
 hangs a stock kernel under TCG.
+
+It starts sooner than `q35`, which has SeaBIOS and PCI. Measured from QEMU's start to the agent's
+handshake, with the same kernel, image and arguments (QEMU 7.2, Linux 6.1, `-accel tcg`, one
+processor, 512 MiB, a vsock alone), in 17 boots of each by turns on a busy host of two cores: QEMU
+took 4.8 s of processor time against 5.8 s (medians; the least 3.8 and 4.2), and 8.1 s against 8.8 s
+by the clock (the least 5.1 and 5.3). Under KVM it was not measured.
 """
 
 from __future__ import annotations
