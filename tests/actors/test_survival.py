@@ -78,6 +78,12 @@ def a_stubborn_spec(folder: Path) -> Path:
     return workflow_spec(folder, f"hang: {script}", name="stubborn")
 
 
+def leased_process(directory: Path) -> int:
+    """The process of its machine that a run has written down, to be reaped."""
+    leases = [json.loads(line) for line in (directory / "leases.jsonl").read_text().splitlines()]
+    return next(int(lease["pid"]) for lease in leases if "pid" in lease)
+
+
 def post_intent(url: str, payload: str) -> str:
     """Send an intent as an agent does; its id, of the 201."""
     intent = {"kind": "signal", "audience": "leader", "priority": "low", "payload": payload}
@@ -132,15 +138,25 @@ def test_a_run_process_that_died_meanwhile_is_reported_and_its_leftovers_are_rea
     client.wait_type(run_id, "sandbox.ready")
     pid = client.state(run_id).run_process
     assert pid is not None
+    directory = supervisor.state_dir / "runs" / run_id
+    below = [ProcessHandle.adopt(identity_of(pid)) for pid in processes_of(directory)]
+    assert below, "the guest's processes run in the scratch directory"
+    # Stopped, the one that was leased can't end by itself with its run process: it is left over.
+    leased = leased_process(directory)
+    os.kill(leased, signal.SIGSTOP)
     supervisor.kill()
     kill(pid)
+    assert leased in processes_of(directory)
     supervisor.start()
     state = client.wait_end(run_id)
     assert state.status is RunStatus.FAILED
     assert state.error is not None
     assert "ended while no supervisor was there" in state.error
     gapless(client, run_id)
-    assert not (supervisor.state_dir / "runs" / run_id / "machine").exists()
+    for handle in below:
+        assert handle.wait(PATIENCE), f"{handle} outlived its run"
+        handle.close()
+    assert not (directory / "machine").exists()
 
 
 def test_a_killed_run_process_fails_its_run_only_and_its_children_die_with_it(
