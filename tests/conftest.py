@@ -7,6 +7,7 @@ that is meant to have them can't lose them unseen; `all` stands for every one.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,22 @@ def _can_mount() -> bool:
             return False
         subprocess.run(["umount", folder], check=True, timeout=10)
     return True
+
+
+def _counts_disk_traffic() -> bool:
+    """Whether what is written where temporary files lie is in /proc/PID/io; on a tmpfs it isn't."""
+
+    def written() -> int:
+        return int(re.findall(r"^write_bytes: (\d+)", io.read_text(), re.MULTILINE)[0])
+
+    io = Path("/proc/self/io")
+    if not io.exists():
+        return False
+    before = written()
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(bytes(65536))
+        os.fsync(file.fileno())
+    return written() > before
 
 
 def _has_image() -> bool:
@@ -129,6 +146,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "mount": _can_mount,
     "other-user": _can_be_another_user,
+    "disk": _counts_disk_traffic,
     "image": _has_image,
     "packages": _has_packages,
     "qemu": _has_qemu,

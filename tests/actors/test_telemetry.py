@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 
@@ -266,7 +267,17 @@ def test_a_process_that_has_ended_is_not_sampled_though_nobody_has_waited_for_it
             ProcessSampler(identity).sample(1.0)
 
 
-def test_disk_traffic_counts_what_reached_the_disk() -> None:
-    sample = ProcessSampler(current_identity()).sample(1.0)
-    assert sample.io_read_bytes >= 0
-    assert sample.io_write_bytes >= 0
+@pytest.mark.needs("disk")
+def test_disk_traffic_counts_what_reached_the_disk_and_what_came_from_it() -> None:
+    sampler = ProcessSampler(current_identity())
+    before = sampler.sample(1.0)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(bytes(1_000_000))
+        os.fsync(file.fileno())
+        written = sampler.sample(2.0)
+        # What the kernel still had in memory would not be read from the disk.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert len(os.pread(file.fileno(), 1_000_000, 0)) == 1_000_000
+    read = sampler.sample(3.0)
+    assert written.io_write_bytes - before.io_write_bytes >= 1_000_000
+    assert read.io_read_bytes - written.io_read_bytes >= 500_000
