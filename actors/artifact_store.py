@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from voidbus.actors.disk_remedy import disk_remedy
+
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 # How much of a file is looked at to tell what it is (bytes).
 _SNIFFED = 4 * 1024 * 1024
@@ -29,7 +31,7 @@ class ArtifactStore:
         self._folder = folder
 
     def put(self, content: bytes) -> str:
-        """Keep `content`; its digest. Raises OSError, naming the store, when the disk is full."""
+        """Keep `content`; its digest. Raises OSError, naming the store, with what to do."""
         digest = hashlib.sha256(content).hexdigest()
         path = self._path(digest)
         try:
@@ -46,7 +48,7 @@ class ArtifactStore:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot keep a file in {self._folder}: {error.strerror}; free space there",
+                f"cannot keep a file in {self._folder}: {error.strerror}; {disk_remedy(error)}",
             ) from error
         return digest
 

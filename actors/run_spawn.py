@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from voidbus.actors.admission import Admitted
+from voidbus.actors.disk_remedy import disk_remedy
 from voidbus.actors.messages.journal import ProcessRecord, RecordProcess
 from voidbus.actors.messages.run_process import RunConfig
 from voidbus.actors.run_process import ENTRY, LOG_FILE
 from voidbus.actors.runtime.process import ProcessIdentity
-from voidbus.actors.runtime.spawned import SpawnedProcess
+from voidbus.actors.runtime.spawned import SpawnedProcess, SpawnError
 from voidbus.actors.runtime.spawner import Spawner
 from voidbus.transport.hub import Hub
 from voidbus.transport.message import Right
@@ -27,8 +28,9 @@ def spawn_run(
     *,
     kernel_vsock: bool,
 ) -> SpawnedProcess:
-    """A process for an admitted run. Blocks, on a job's thread. Raises what the spawner raises, and
-    BusError where the journal does not take it."""
+    """A process for an admitted run. Blocks, on a job's thread. Raises what the spawner raises,
+    SpawnError where the run can't have its directory, and BusError where the journal does not take
+    it."""
     launch = admitted.launch
     config = RunConfig(
         run_id=launch.run_id,
@@ -59,7 +61,12 @@ def spawn_run(
             timeout=_ASK_TIMEOUT,
         ).result()
 
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpawnError(
+            f"its directory {directory} can't be made: {error.strerror}; {disk_remedy(error)}"
+        ) from error
     return spawner.spawn(
         ENTRY,
         config.model_dump_json().encode(),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from read_only_kit import read_only
 
 from voidbus.actors.artifact_store import ArtifactStore, media_type_of, unlisted_before
 
@@ -90,6 +91,14 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path) -> None:
         assert not [path for path in folder.rglob("*") if path.is_file()]
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.needs("mount")
+def test_a_read_only_disk_is_named_with_the_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "frozen"
+    folder.mkdir()
+    with read_only(folder), pytest.raises(OSError, match="Read-only file system; make it writable"):
+        ArtifactStore(folder).put(b"x")
 
 
 @pytest.mark.parametrize(

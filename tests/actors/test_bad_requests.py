@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from read_only_kit import read_only
 from supervisor_kit import CONFIGS, Client, Supervisor, running_supervisor, workflow_spec
 
 from voidbus.actors.messages.actor import Inspect
@@ -224,6 +225,48 @@ def test_a_full_disk_fails_what_needs_it_and_harms_nothing_that_runs(tmp_path: P
     finally:
         supervisor.close()
         subprocess.run(["umount", "-l", str(disk)], check=False, timeout=20)
+
+
+@pytest.mark.needs("mount")
+def test_a_read_only_state_directory_fails_what_needs_it_and_harms_nothing_that_runs(
+    tmp_path: Path,
+) -> None:
+    state_dir = tmp_path / "s"
+    supervisor = Supervisor(state_dir).start()
+    try:
+        with supervisor.connect() as client:
+            fifo = tmp_path / "fifo"
+            os.mkfifo(fifo)
+            going = client.start(
+                workflow_spec(tmp_path, f"wait: echo waiting; cat {fifo}; echo done")
+            )
+            client.wait_for(going, lambda event: event.message == "waiting")
+            with read_only(state_dir):
+                failed = client.start(CONFIGS / "sandbox.yaml")
+                state = client.wait_end(failed)
+                assert state.status is RunStatus.FAILED
+                assert state.error == (
+                    "its process could not be started: its directory "
+                    f"{state_dir / 'runs' / failed} can't be made: Read-only file system; "
+                    "make it writable for this user"
+                )
+                fifo.write_text("go\n")
+                ended = client.wait_end(going)
+                assert ended.status is RunStatus.SUCCEEDED
+                assert ended.report is not None
+                assert ended.report.output == "waiting\ngo\ndone\n"
+                second = Supervisor(state_dir).start()
+                assert second.process is not None
+                assert second.process.wait(20) == 1
+            assert f"state directory {state_dir}: Read-only file system; make it" in second.log
+            assert "Traceback" not in second.log
+            after = client.start(workflow_spec(tmp_path, "one: echo 1", name="after"))
+            assert client.wait_end(after).status is RunStatus.SUCCEEDED
+            for run_id in (failed, going, after):
+                seqs = [event.seq for event in client.events(run_id)]
+                assert seqs == list(range(len(seqs)))
+    finally:
+        supervisor.close()
 
 
 def test_more_runs_than_allowed_are_refused_with_what_to_do(tmp_path: Path) -> None:
