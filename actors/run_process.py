@@ -60,6 +60,8 @@ def run(config_bytes: bytes) -> int:
     )
     raise_descriptor_limit()
     config = RunConfig.model_validate_json(config_bytes)
+    # What others log stays as it is: it would be most of it.
+    logging.getLogger("voidbus").setLevel(config.log_level)
     process = RunProcess(config)
     try:
         process.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from voidbus.actors.admission import Admitted
@@ -14,6 +15,8 @@ from voidbus.actors.runtime.spawned import SpawnedProcess, SpawnError
 from voidbus.actors.runtime.spawner import Spawner
 from voidbus.transport.hub import Hub
 from voidbus.transport.message import Right
+
+log = logging.getLogger("voidbus.actors")
 
 _ASK_TIMEOUT = 15.0
 _SPAWN_TIMEOUT = 20.0
@@ -45,6 +48,7 @@ def spawn_run(
         policy=launch.policy,
         next_seq=len(launch.events),
         kernel_vsock=kernel_vsock,
+        log_level=log.getEffectiveLevel(),
     )
 
     def record(identity: ProcessIdentity) -> None:

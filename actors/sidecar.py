@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,10 @@ from voidbus.sidecar.state import SidecarState as State
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import FaultReason
 
-# Events of these kinds go to the run's events; health checks and the like would only fill it.
+log = logging.getLogger("voidbus.actors")
+
+# Events of these kinds go to the run's events; health checks and the like would only fill them, so
+# they are lines of the log, for who debugs it.
 _NOTED = frozenset(
     {
         "started",
@@ -40,6 +45,8 @@ _NOTED = frozenset(
     }
 )
 
+# Lines of the log in all: the guest decides how often it looks after its sidecar's health.
+_LOG_LINES = 1000
 
 # An answer is one message of 4 MiB at most, and an intent's payload 4096 bytes.
 _INTENTS_AT_ONCE = 512
@@ -63,6 +70,7 @@ class SidecarActor(Actor):
         self._run_id = run_id
         self._owner = owner
         self._desk = desk
+        self._log_lines = _LOG_LINES
         self._server = SidecarServer(
             desk.state, run_id=run_id, listen=desk.address, on_event=self._noted
         )
@@ -117,6 +125,9 @@ class SidecarActor(Actor):
                 SidecarEventNoted(kind=event.kind, fields=_flat(event.fields)),
                 sender=self.path,
             )
+        elif self._log_lines and log.isEnabledFor(logging.DEBUG):
+            self._log_lines -= 1
+            log.debug("sidecar.%s %s", event.kind, json.dumps(event.fields))
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, str | int | float | bool | None]:

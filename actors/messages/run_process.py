@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from voidbus.transport.message import Message, Right
@@ -11,7 +13,8 @@ class RunConfig(BaseModel):
     """Everything a run process needs; handed over in memory, for it holds secrets.
 
     `spec` is the run specification as JSON, `hub` the URL of the work endpoint, `directory` the
-    run's own on the host, `artifacts` the folder of files that are kept.
+    run's own on the host, `artifacts` the folder of files that are kept, `log_level` what of
+    voidbus is logged (a level of `logging`).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -28,6 +31,7 @@ class RunConfig(BaseModel):
     policy: dict[str, int] | None = None
     next_seq: int
     kernel_vsock: bool = False
+    log_level: int = logging.INFO
 
 
 class CancelWork(Message, tag="run.cancel", right=Right.OPERATE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from actor_kit import PATIENCE
 from run_kit import RUN_ID, House, agent, workflow
 
 from voidbus.actors import journal_writer
+from voidbus.actors import sidecar as sidecar_module
 from voidbus.actors.messages.artifacts import ArtifactList, ListArtifacts
 from voidbus.actors.messages.journal import AppendEvents, ProcessRecord, RecordProcess
 from voidbus.actors.messages.runs import InspectRun, RunState, RunStatus
@@ -336,6 +338,29 @@ def test_a_sidecar_that_fails_is_back_at_its_address_with_every_intent(house: Ho
     ]
     house.cancel(grace=0.0)
     assert house.wait_over().status is RunStatus.CANCELLED
+
+
+def test_health_checks_are_lines_of_the_debug_log_and_no_events(
+    house: House, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sidecar_module, "_LOG_LINES", 2)
+    caplog.set_level(logging.DEBUG, "voidbus.actors")
+    house.start(agent(CLAUDIO_INTENTS="0", CLAUDIO_HANG="1"))
+    house.wait_type("machine.started")
+    assert house.desk is not None
+    host, port = house.desk.address
+    for _ in range(4):
+        with urllib.request.urlopen(f"http://{host}:{port}/v1/health", timeout=PATIENCE) as reply:
+            assert json.load(reply)["status"] == "ok"
+    lines = [record for record in caplog.records if "health_served" in record.getMessage()]
+    assert [record.levelno for record in lines] == [logging.DEBUG] * 2, "a guest can't fill the log"
+    name, _, fields = lines[0].getMessage().partition(" ")
+    assert name == "sidecar.health_served"
+    assert set(json.loads(fields)) == {"uptime_ms"}
+    house.cancel(grace=0.0)
+    house.wait_over()
+    assert "sidecar.started" in house.types()
+    assert "sidecar.health_served" not in house.types()
 
 
 def test_a_sidecar_that_keeps_failing_ends_the_run(house: House) -> None:
