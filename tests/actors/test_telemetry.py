@@ -13,6 +13,8 @@ from actor_kit import PATIENCE, ask, fault, local_system, reply
 
 from voidbus.actors import telemetry as telemetry_module
 from voidbus.actors.messages.actor import Done
+from voidbus.actors.messages.journal import AppendEvents
+from voidbus.actors.messages.runs import ReadEvents
 from voidbus.actors.messages.telemetry import (
     GuestSample,
     GuestSamples,
@@ -235,6 +237,14 @@ def test_a_negative_number_is_refused(system: System) -> None:
     with pytest.raises(ValueError, match="from_seq"):
         ReadTelemetry(run_id="r1", from_seq=-1)
     assert fault(ask(system, "telemetry", Done())) is FaultReason.UNHANDLED
+
+
+def test_events_are_none_of_its_business(system: System) -> None:
+    for message in (
+        ReadEvents(run_id="r1"),
+        AppendEvents(run_id="r1", generation=1, events=()),
+    ):
+        assert fault(ask(system, "telemetry", message)) is FaultReason.UNHANDLED
 
 
 # -- /proc -------------------------------------------------------------------------------------
