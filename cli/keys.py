@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from voidbus.cli.failure import Failure
-from voidbus.cli.options import Place, state_dir_option
-from voidbus.cli.output import say
+from voidbus.cli.options import Place, json_option, state_dir_option
+from voidbus.cli.output import print_json, say
 from voidbus.cli.state import KEYS_FOLDER
 from voidbus.transport.access import AccessError
 from voidbus.transport.message import Right
@@ -33,14 +33,20 @@ _folder_option = click.option(
 
 @keys.command()
 @_folder_option
+@json_option
 @state_dir_option
 @click.pass_obj
-def server(place: Place, folder: Path | None) -> None:
+def server(place: Place, folder: Path | None, as_json: bool) -> None:
     """Make the supervisor's own keys, where it has none, and print the public one."""
+    where = _folder(place, folder)
     try:
-        say(make_server_keys(_folder(place, folder)).decode())
+        public = make_server_keys(where).decode()
     except AccessError as error:
         raise Failure(str(error)) from error
+    if as_json:
+        print_json({"public_key": public, "folder": str(where)})
+    else:
+        say(public)
 
 
 @keys.command()
@@ -58,9 +64,12 @@ def server(place: Place, folder: Path | None) -> None:
     help="Where its keys go (default: NAME.keys).",
 )
 @_folder_option
+@json_option
 @state_dir_option
 @click.pass_obj
-def client(place: Place, name: str, right: str, out: Path | None, folder: Path | None) -> None:
+def client(
+    place: Place, name: str, right: str, out: Path | None, folder: Path | None, as_json: bool
+) -> None:
     """Make keys for a client, which is let in from now on.
 
     Bring the file to the client's machine; it holds a secret. To shut the client out again, remove
@@ -74,6 +83,10 @@ def client(place: Place, name: str, right: str, out: Path | None, folder: Path |
         save_client_keys(target, made)
     except AccessError as error:
         raise Failure(str(error)) from error
+    if as_json:
+        public = made.public.decode()
+        print_json({"name": name, "right": right, "file": str(target), "public_key": public})
+        return
     say(f"{target} (bring it to {name}: voidbus --connect tcp://HOST:PORT --keys {target} ps)")
 
 

@@ -67,7 +67,12 @@ def run_id(client: Client, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_files_are_listed_with_their_true_sizes_and_digests(voidbus: Run, run_id: str) -> None:
     done = voidbus("artifacts", run_id, "--stage", "make", "--json")
     assert done.returncode == 0, done.stderr
-    listed = {each["name"]: each for each in json.loads(done.stdout)["artifacts"]}
+    document = json.loads(done.stdout)
+    assert set(document) == {"run_id", "artifacts"}
+    assert document["run_id"] == run_id
+    fields = {"stage", "name", "media_type", "size_bytes", "digest"}
+    assert all(set(each) == fields for each in document["artifacts"])
+    listed = {each["name"]: each for each in document["artifacts"]}
     assert set(listed) == {"result.json", "big.bin"}
     big = listed["big.bin"]
     assert big["size_bytes"] == BIG
@@ -121,6 +126,7 @@ def test_a_prune_says_what_it_would_forget_and_then_forgets_it(
     sandbox.write_text(json.dumps({"kind": "sandbox", "name": "b", "sandbox": {"mode": "mock"}}))
     going = client.start(sandbox)
     dry = json.loads(voidbus("prune", "--older-than", "0s", "--dry-run", "--json").stdout)
+    assert set(dry) == {"runs", "count", "size_bytes", "freed_bytes", "dry_run"}
     assert ended in dry["runs"]
     assert going not in dry["runs"]
     assert json.loads(voidbus("prune", "--older-than", "1d", "--json").stdout)["count"] == 0

@@ -59,6 +59,13 @@ def test_every_command_and_option_is_documented(name: str, command: click.Comman
     assert command.help
 
 
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_every_command_with_results_has_them_as_json(name: str, command: click.Command) -> None:
+    options = [option for parameter in command.params for option in parameter.opts]
+    # What these print is for the terminal they are in, or for a shell to read.
+    assert ("--json" in options) is (name not in ("serve", "completion"))
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -70,6 +77,33 @@ def test_every_command_and_option_is_documented(name: str, command: click.Comman
 def test_every_field_of_the_json_is_documented(model: type[BaseModel]) -> None:
     missing = [name for name in model.model_fields if f"`{name}`" not in DOCS]
     assert missing == []
+
+
+# What commands put together themselves; the tests named after each command pin the same fields.
+MADE = {
+    "validate": "ok files file digest problems level line column field message found allowed "
+    "suggestion",
+    "doctor": "ok checks name status detail remedy",
+    "artifacts": "run_id artifacts stage name media_type size_bytes digest",
+    "console": "run_id console",
+    "prune": "runs count size_bytes freed_bytes dry_run",
+    "stop": "pid stopped seconds runs",
+    "keys server": "public_key folder",
+    "keys client": "name right file public_key",
+    "image build": "name digest current kernel initramfs kernel_release unpacked_bytes "
+    "least_memory_mb programs modules parts version sha256 size package layer",
+    "image list": "store images agents",
+    "image verify": "ok store problems",
+    "image clean": "removed freed_bytes",
+    "version": "voidbus python pyzmq libzmq kernel",
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_fields_of_a_commands_own_document_stand_under_it(name: str) -> None:
+    section = re.split(rf"^### `voidbus {name}[ `].*$", DOCS, flags=re.MULTILINE)[1]
+    section = section.partition("\n##")[0]
+    assert [field for field in MADE[name].split() if f"`{field}`" not in section] == []
 
 
 def test_every_exit_code_is_documented() -> None:

@@ -71,6 +71,25 @@ def test_building_prints_one_json_document(voidbus: Voidbus, cache: Path) -> Non
     ]
 
 
+IMAGE = {
+    *("name", "digest", "current", "kernel", "initramfs", "kernel_release", "unpacked_bytes"),
+    *("least_memory_mb", "programs", "modules", "parts"),
+}
+
+
+def test_each_commands_json_has_the_documented_fields(voidbus: Voidbus, cache: Path) -> None:
+    built = json.loads(voidbus("image", "build", "--json").out)
+    assert set(built) == IMAGE
+    assert set(built["parts"][0]) == {"name", "version", "sha256", "size"}
+    listed = json.loads(voidbus("image", "list", "--json").out)
+    assert set(listed) == {"store", "images", "agents"}
+    assert [set(image) for image in listed["images"]] == [IMAGE]
+    verified = json.loads(voidbus("image", "verify", "--json").out)
+    assert verified == {"ok": True, "store": str(cache), "problems": []}
+    cleaned = json.loads(voidbus("image", "clean", "--json").out)
+    assert cleaned == {"removed": 0, "freed_bytes": 0}
+
+
 def test_an_image_that_is_not_known_is_an_error_in_a_line(voidbus: Voidbus, cache: Path) -> None:
     result = voidbus("image", "build", "other")
     assert (result.code, result.out) == (1, "")
