@@ -87,7 +87,7 @@ def machine(tmp_path: Path) -> Machine:
         found = shutil.which(name)
         assert found is not None, name
         (made.bin / name).symlink_to(found)
-    for name in ("qemu-system-x86_64", "depmod", "mksquashfs", "passt"):
+    for name in ("qemu-system-x86_64", "depmod", "mksquashfs", "passt", "socat", "cpio"):
         made.program(name, "")
     made.program("uname", "echo x86_64")
     made.program("id", "echo 0")
