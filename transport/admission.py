@@ -1,4 +1,4 @@
-"""Who may join a hub, under which name."""
+"""Who may join a hub, under which name, and what it may then send."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from voidbus.transport.address import valid_node
 from voidbus.transport.control import Hello
-from voidbus.transport.message import Right
+from voidbus.transport.envelope import Envelope
+from voidbus.transport.link import Link
+from voidbus.transport.message import Right, UnknownType, message_type
 
 # A client names itself; a run process is expected by name.
 CLIENT_PREFIX = "client-"
@@ -65,6 +67,24 @@ class Admission:
                 f"{expected.generation}"
             )
         return None
+
+
+def message_refusal(envelope: Envelope, target: str, link: Link, hub: str) -> str | None:
+    """Why `hub` takes no such ASK or TELL for `target` by `link`; None where it does."""
+    if link.right is Right.WORK and target not in (hub, link.node):
+        return "a run's node may address only the supervisor and itself"
+    try:
+        needed = message_type(envelope.tag, envelope.version).right
+    except UnknownType:
+        return None  # the receiver says so, and in better words
+    if needed is None:
+        return f"{envelope.tag} is sent inside a process only"
+    if not link.right.allows(needed):
+        return (
+            f"{envelope.tag} needs the {needed.name.lower()} endpoint; "
+            f"this link came by {link.right.name.lower()}"
+        )
+    return None
 
 
 def _same(digest: bytes, hello: Hello) -> bool:

@@ -14,14 +14,16 @@ from functools import partial
 import zmq
 
 from voidbus.transport.access import Endpoints
-from voidbus.transport.admission import Admission, ExpectedNode
+from voidbus.transport.admission import Admission, ExpectedNode, message_refusal
 from voidbus.transport.control import Hello, Refused, Subscribed, Welcome, boot_identity
 from voidbus.transport.envelope import Envelope, FrameError, Kind, destination
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.forwarding import Forwarded, Forwards, Identity
 from voidbus.transport.hub_sockets import HubSockets
+from voidbus.transport.link import Link
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.node import Node
+from voidbus.transport.replay import EndedSessions
 from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import PREFIX_LIMIT, TopicSequencer
 
@@ -32,22 +34,6 @@ LINKS_LIMIT = 8192
 # before the ROUTER has taken the peer out of its table.
 _PROBE_DELAY = 0.02
 _monotonic = time.monotonic
-
-
-class _Link:
-    """A connected leaf: the socket and routing identity that reach it."""
-
-    __slots__ = ("hello", "identity", "last_heard", "node", "right", "socket")
-
-    def __init__(
-        self, socket: zmq.Socket[bytes], identity: bytes, right: Right, hello: Hello, now: float
-    ) -> None:
-        self.socket = socket
-        self.identity = identity
-        self.right = right
-        self.hello = hello
-        self.node = hello.node
-        self.last_heard = now
 
 
 class Hub(Node):
@@ -92,8 +78,9 @@ class Hub(Node):
         self._on_leave = on_leave
         self._link_timeout = link_timeout
         self._probe_at: float | None = None
-        self._links: dict[str, _Link] = {}
-        self._by_identity: dict[tuple[zmq.Socket[bytes], bytes], _Link] = {}
+        self._links: dict[str, Link] = {}
+        self._by_identity: dict[tuple[zmq.Socket[bytes], bytes], Link] = {}
+        self._ended = EndedSessions()
         self._forwards = Forwards()
         self._sweep_at: float | None = None
         self._sockets = HubSockets(self._context, high_water)
@@ -224,8 +211,10 @@ class Hub(Node):
             self._by_identity.pop((old.socket, old.identity), None)
             if old.hello.instance != hello.instance:
                 self._drop(hello.node, FaultReason.LINK_LOST, "the node was started again")
+                old = None
         now = _monotonic()
-        link = _Link(socket, identity, right, hello, now)
+        window = old.window if old else self._ended.resume(hello.node, hello.instance)
+        link = Link(socket, identity, right, hello, window, now)
         self._links[hello.node] = link
         self._by_identity[socket, identity] = link
         if self._sweep_at is None:
@@ -238,8 +227,7 @@ class Hub(Node):
             boot=boot_identity(),
             topics_port=self._topics_port(socket),
         )
-        new = old is None or old.hello.instance != hello.instance
-        if new and self._on_join is not None:
+        if old is None and self._on_join is not None:
             self._loop.defer(partial(self._on_join, hello))
         self._send(link, _control(Kind.WELCOME, hello.node, self.name, welcome))
 
@@ -255,7 +243,7 @@ class Hub(Node):
             return f"{LINKS_LIMIT} nodes are connected already"
         return self._admission.refusal(hello, right, present.hello if present else None)
 
-    def _take_message(self, link: _Link, envelope: Envelope) -> None:
+    def _take_message(self, link: Link, envelope: Envelope) -> None:
         """An ASK or TELL: deliver here, forward, or refuse."""
         try:
             address = destination(envelope)
@@ -265,7 +253,10 @@ class Hub(Node):
         if not self._is_from(link, envelope) or envelope.origin != link.hello.instance:
             self.counters["forged_sender"] += 1
             return
-        refusal = self._message_refusal(link, address.node, envelope)
+        if not link.window.take(envelope.sequence):
+            self.counters["replayed"] += 1
+            return
+        refusal = message_refusal(envelope, address.node, link, self.name)
         if refusal is not None:
             self.counters["unauthorised"] += 1
             self._return(envelope, FaultReason.REFUSED, refusal)
@@ -275,26 +266,10 @@ class Hub(Node):
             self._forward(link, address.node, envelope)
 
     @staticmethod
-    def _is_from(link: _Link, envelope: Envelope) -> bool:
+    def _is_from(link: Link, envelope: Envelope) -> bool:
         return envelope.sender.partition("/")[0] == link.node
 
-    def _message_refusal(self, link: _Link, target: str, envelope: Envelope) -> str | None:
-        if link.right is Right.WORK and target not in (self.name, link.node):
-            return "a run's node may address only the supervisor and itself"
-        try:
-            needed = message_type(envelope.tag, envelope.version).right
-        except UnknownType:
-            return None  # the receiver says so, and in better words
-        if needed is None:
-            return f"{envelope.tag} is sent inside a process only"
-        if not link.right.allows(needed):
-            return (
-                f"{envelope.tag} needs the {needed.name.lower()} endpoint; "
-                f"this link came by {link.right.name.lower()}"
-            )
-        return None
-
-    def _forward(self, link: _Link, target: str, envelope: Envelope) -> None:
+    def _forward(self, link: Link, target: str, envelope: Envelope) -> None:
         found = self._links.get(target)
         if found is None:
             self._return(envelope, FaultReason.NO_SUCH_NODE, f"no node {target} is connected")
@@ -319,7 +294,7 @@ class Hub(Node):
         if fault is not None and (ended is not None or envelope.kind is not Kind.ASK):
             self._return(envelope, *fault)
 
-    def _take_reply(self, link: _Link, envelope: Envelope) -> None:
+    def _take_reply(self, link: Link, envelope: Envelope) -> None:
         """A REPLY or FAULT: only from the node that was asked, only to the one that asked."""
         if not self._is_from(link, envelope):
             self.counters["forged_sender"] += 1
@@ -340,7 +315,7 @@ class Hub(Node):
         if origin is None or self._send(origin, envelope) is not None:
             self.counters["replies_dropped"] += 1
 
-    def _take_publication(self, link: _Link, envelope: Envelope) -> None:
+    def _take_publication(self, link: Link, envelope: Envelope) -> None:
         if link.right is not Right.WORK or not envelope.dest.startswith(f"{link.node}/"):
             self.counters["unauthorised"] += 1
             return
@@ -386,7 +361,7 @@ class Hub(Node):
         if fault is not None:
             self._not_sent(envelope, *fault)
 
-    def _send(self, link: _Link, envelope: Envelope) -> tuple[FaultReason, str] | None:
+    def _send(self, link: Link, envelope: Envelope) -> tuple[FaultReason, str] | None:
         fault = self._send_raw(link.socket, link.identity, envelope)
         if fault is not None and fault[0] is FaultReason.NO_SUCH_NODE:
             self._drop(link.node, FaultReason.LINK_LOST, "the node's connection ended")
@@ -422,6 +397,7 @@ class Hub(Node):
         link = self._links.pop(node, None)
         if link is not None:
             self._by_identity.pop((link.socket, link.identity), None)
+            self._ended.keep(node, link.hello.instance, link.window)
         for ask in self._asks.take_nodes(lambda name: name == node):
             self._fail_ask(ask, reason, detail)
         for identity, forwarded in self._forwards.end_to(node):

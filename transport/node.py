@@ -14,24 +14,21 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 
 import zmq
 
 from voidbus.transport.address import Address, AddressError, parse_address
 from voidbus.transport.delivery import Ask, Delivery, Driver, PendingAsks, Receiver
-from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError, Kind, read_envelope
+from voidbus.transport.envelope import Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
+from voidbus.transport.outbound import Outbound
 from voidbus.transport.socket_loop import SocketLoop
 from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import PREFIX_LIMIT, OnGap, OnPublication, TopicSequencer
 
 _monotonic = time.monotonic
 _log = logging.getLogger("voidbus.transport")
-
-# Above this many characters of key and trace the header's limit is looked at before queuing.
-_LONG_FIELDS = 512
 
 # The key of a FAULT that brings back a tell, which tells it from a late answer to an ask.
 RETURNED_TELL = "tell"
@@ -58,12 +55,12 @@ class Node(ABC):
         self.counters: Counter[str] = Counter()
         self._owns_context = context is None
         self._context = context or zmq.Context()
-        self._numbers = count(1)
         self._receivers: dict[str, Receiver] = {}
         self._asks = PendingAsks(asks_limit)
         self._loop = SocketLoop(
             name, self, self.counters, queue_limit=queue_limit, queue_bytes=queue_bytes
         )
+        self._outbound = Outbound(self._loop, self._asks)
         self.guard = self._loop.guard
         self.driver: Driver = self._loop
         self._close_lock = threading.Lock()
@@ -131,13 +128,11 @@ class Node(ABC):
         except ValueError as error:
             self._fail_ask(ask, FaultReason.INVALID, f"{message.tag} cannot be written: {error}")
             return ask
-        number = next(self._numbers)
         envelope = Envelope(
             Kind.ASK,
             text,
             f"{self.name}/{sender}",
             origin=self.instance,
-            sequence=number,
             tag=message.tag,
             version=message.version,
             deadline=deadline,
@@ -147,14 +142,8 @@ class Node(ABC):
             body=body,
             attachments=attachments,
         )
-        must_wake = self._asks.add(number, address.node, ask)
-        if must_wake is None:
-            self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
-            return ask
-        if must_wake:
-            self._loop.timers_changed()
-        fault = self._submit(envelope)
-        if fault is not None and self._asks.take(number):
+        fault = self._outbound.ask(envelope, address.node, ask)
+        if fault is not None:
             self._fail_ask(ask, *fault)
         return ask
 
@@ -186,13 +175,12 @@ class Node(ABC):
             body = message.to_json()
         except ValueError:
             return FaultReason.INVALID
-        fault = self._submit(
+        fault = self._outbound.tell(
             Envelope(
                 Kind.TELL,
                 str(address),
                 f"{self.name}/{sender}",
                 origin=self.instance,
-                sequence=next(self._numbers),
                 tag=message.tag,
                 version=message.version,
                 deadline=deadline,
@@ -218,7 +206,7 @@ class Node(ABC):
                 version=message.version,
                 body=message.to_json(),
             )
-            if self._submit(envelope) is not None:
+            if self._outbound.submit(envelope) is not None:
                 self.counters["publications_dropped"] += 1
             return number
 
@@ -286,7 +274,7 @@ class Node(ABC):
 
     def _watch_deadline(self, ask: Ask, on_end: Callable[[Ask], None]) -> None:
         """Let the loop end an ask inside this node for which no thread waits."""
-        number = next(self._numbers)
+        number = self._outbound.new_number()
 
         def forget(ended: Ask) -> None:
             self._asks.take(number)
@@ -368,7 +356,7 @@ class Node(ABC):
             body=body,
             attachments=attachments,
         )
-        fault = self._submit(envelope)
+        fault = self._outbound.submit(envelope)
         if fault is not None:
             self.counters["replies_dropped"] += 1
             if not isinstance(reply, Fault) and fault[0] is FaultReason.TOO_LARGE:
@@ -428,17 +416,7 @@ class Node(ABC):
         else:
             self.counters["replies_dropped"] += 1
 
-    # -- the way to the sockets ------------------------------------------------------------
-
-    def _submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
-        """Send an envelope; a reason where it can't even leave."""
-        long_fields = len(envelope.key) + len(envelope.trace) > _LONG_FIELDS
-        if len(envelope.body) > BODY_LIMIT or envelope.attachments or long_fields:
-            try:
-                envelope.frames()
-            except FrameError as error:
-                return FaultReason.TOO_LARGE, str(error)
-        return self._loop.submit(envelope)
+    # -- timers, and what both kinds do with frames --------------------------------------------
 
     def next_timer(self) -> float | None:
         alarm = self._alarm

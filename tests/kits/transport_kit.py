@@ -28,6 +28,7 @@ from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
 
 TRANSPORTS = ("inproc", "ipc", "tcp")
+WIRES = TRANSPORTS[1:]  # that lead out of the process
 
 
 class Look(Message, tag="bus.kit.look", right=Right.OBSERVE):
