@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from voidbus.cli.failure import ExitCode, Failure
+from voidbus.cli.interrupts import importing
 from voidbus.cli.options import json_option
 from voidbus.cli.output import note, plain, plural, print_json, print_table, say, size
 from voidbus.vm.image.agent_layers import AGENTS, AgentLayer, agent_layers
@@ -41,7 +42,8 @@ def build(name: str, as_json: bool) -> None:
     root: packages are only downloaded and unpacked, in the user's cache. What is there already is
     not made again.
     """
-    from voidbus.vm.image.build import build_image
+    with importing():
+        from voidbus.vm.image.build import build_image
 
     if name.partition("@")[0] in AGENTS:
         _build_agent(name, as_json)
@@ -62,7 +64,8 @@ def build(name: str, as_json: bool) -> None:
 
 
 def _build_agent(name: str, as_json: bool) -> None:
-    from voidbus.vm.image.agent_layers import build_agent_layer
+    with importing():
+        from voidbus.vm.image.agent_layers import build_agent_layer
 
     with _failures():
         made = build_agent_layer(default_store().root, name, lambda text: note(f"voidbus: {text}"))

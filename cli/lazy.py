@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from voidbus.cli.interrupts import raise_again
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -21,6 +23,7 @@ class Entry:
     def load(self) -> click.Command:
         module, _, attribute = self.target.partition(":")
         command = getattr(import_module(module), attribute)
+        raise_again()
         if not isinstance(command, click.Command):
             raise TypeError(f"{self.target} is not a click command")
         return command

@@ -17,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _open_standard_files()
+        if arguments is None:
+            from voidbus.cli.interrupts import end_at_once
+
+            end_at_once()
         code = _run(given)
         sys.stdout.flush()
         if arguments is None:  # as a program, of which nothing follows but its end
@@ -41,6 +45,7 @@ def _run(arguments: list[str]) -> int:
 
     from voidbus.cli.commands import cli
     from voidbus.cli.failure import ExitCode, Failure
+    from voidbus.cli.interrupts import raised
     from voidbus.cli.output import warn
 
     try:
@@ -74,6 +79,8 @@ def _run(arguments: list[str]) -> int:
         warn(f"error: {error}")
         return ExitCode.FAILED
     except Exception as error:  # noqa: BLE001 - the last guard: no command ends in a traceback
+        if raised():
+            raise KeyboardInterrupt from None
         if not _show_traceback():
             warn(
                 f"error: {type(error).__name__}: {error}. This is a fault in voidbus; "
@@ -95,6 +102,9 @@ def _show_traceback() -> bool:
 def _leave_at_once() -> int:
     """After Ctrl-C: one line, and 130 (128 + SIGINT) as shells have it."""
     _ignore_interrupts()
+    # Python notes an interrupt that leaves a string of code, as dataclass and namedtuple execute,
+    # and at its end kills itself with SIGINT, though it was caught since. Another string clears it.
+    exec("")  # noqa: S102
     try:
         sys.stderr.write(f"{PROGRAM}: interrupted\n")
         sys.stderr.flush()

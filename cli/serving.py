@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from voidbus.cli.interrupts import importing
 from voidbus.cli.options import Place, state_dir_option
 
 # What the owner of an ephemeral supervisor writes to let it go on without it.
@@ -55,7 +56,8 @@ def serve(
 
     SIGTERM or Ctrl-C stops it politely; a second one cancels the runs there are.
     """
-    from voidbus.cli.serve import serve as serve_until_stopped
+    with importing():
+        from voidbus.cli.serve import serve as serve_until_stopped
 
     if ephemeral:
         threading.Thread(target=_end_with_owner, name="owner-watch", daemon=True).start()

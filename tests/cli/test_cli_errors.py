@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +13,6 @@ from typing import Any
 
 import pytest
 from fake_supervisor import FakeSupervisor, start_time
-from served import VOIDBUS, clean_environment
 
 from voidbus.actors.messages.runs import ListRuns
 from voidbus.cli import connect as connecting
@@ -192,67 +189,3 @@ def test_a_process_that_has_ended_has_no_start_time() -> None:
     assert process_start_time(process.pid) == 0  # a zombie
     process.wait()
     assert process_start_time(process.pid) == 0
-
-
-def interrupted_after_import(number: int) -> tuple[int, list[str]]:
-    """Ctrl-C for `voidbus ps` as soon as it has imported so many modules: its exit status, and
-    its lines on standard error. The interpreter writes a line for each import; the pipe holds
-    hardly more than that, so that the process is not far ahead of who reads it."""
-    environment = clean_environment(Path("/nowhere/state"))
-    with subprocess.Popen(
-        [sys.executable, "-X", "importtime", *VOIDBUS[1:], "ps"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-        bufsize=0,
-    ) as process:
-        assert process.stderr is not None
-        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
-        seen, sent = b"", False
-        while data := os.read(process.stderr.fileno(), 64):
-            seen += data
-            _, started, after = seen.partition(b" voidbus.cli\n")
-            if started and not sent and after.count(b"\n") > number:
-                process.send_signal(signal.SIGINT)
-                sent = True
-    lines = seen.decode().splitlines()
-    return process.returncode, [line for line in lines if not line.startswith("import time:")]
-
-
-@pytest.mark.parametrize("number", [10, 40, 70, 100, 130, 160])
-def test_ctrl_c_at_any_moment_of_the_start_is_one_line(number: int) -> None:
-    assert interrupted_after_import(number) == (130, ["voidbus: interrupted"])
-
-
-def test_ctrl_c_is_not_heard_any_more_when_the_program_is_over() -> None:
-    program = """
-import signal, sys
-from voidbus.cli.main import main
-sys.argv = ["voidbus", "version"]
-assert main() == 0
-signal.raise_signal(signal.SIGINT)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("module", ["click", "zmq", "pydantic", "voidbus.transport.leaf"])
-def test_ctrl_c_while_modules_are_imported_is_one_line(
-    supervisor: FakeSupervisor, module: str
-) -> None:
-    program = f"""
-import sys
-class Interrupt:
-    def find_spec(self, name, path=None, target=None):
-        if name == {module!r}:
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, Interrupt())
-from voidbus.cli.main import main
-sys.exit(main(["ps"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "voidbus: interrupted\n")
