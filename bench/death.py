@@ -6,6 +6,7 @@ Peers, with their default settings: circus (it looks every `check_delay`, 5 s), 
 the death of a watcher's process and until it has started another; xoscar (its pool looks every
 0.5 s), until a call to an actor in a killed process of the pool fails, and until the pool has
 noticed by itself.
+Theirs are printed as multiples of ours too: of the p50 until a death is seen.
 How: SIGKILL, one run after another, with the others idle beside it. "Seen" is measured on the
 supervisor's own `Spawner` in this process: from the kill to its `on_exit` call. "Failed" is
 measured from outside, on a whole supervisor: from the kill to the publication's arrival here.
@@ -206,6 +207,10 @@ def show(report: Report, what: str, times: list[float]) -> None:
     report.figure(f"{what}, p99 of {len(times)}", percentile(times, 0.99), "ms")
 
 
+def against(report: Report, what: str, times: list[float], ours: float) -> None:
+    report.figure(f"{what} to our death seen, p50: ratio", percentile(times, 0.5) / ours)
+
+
 def main() -> None:
     report, options = start_report(__file__, __doc__)
     kills, peer_kills = (3, 1) if options.quick else (40, 5)
@@ -215,19 +220,23 @@ def main() -> None:
     show(report, "voidbus: death seen", ours)
     show(report, "voidbus: death seen, executed without the zygote", executed)
     show(report, "voidbus: run.failed published", ended)
+    typical = percentile(ours, 0.5)
     if installed("circus"):
         reaped, spawned = circus(peer_kills)
         show(report, "circus: death told", reaped)
         show(report, "circus: next one started", spawned)
+        against(report, "circus's death told", reaped, typical)
     else:
         report.leave_out("circus")
     if installed("xoscar"):
         failing, noticed = xoscar(min(peer_kills, 3))
         show(report, "xoscar: a call fails", failing)
         show(report, "xoscar: the pool has noticed", noticed)
+        against(report, "xoscar's failing call", failing, typical)
+        against(report, "xoscar's pool having noticed", noticed, typical)
     else:
         report.leave_out("xoscar")
-    report.at_most("death seen, p50, ms", percentile(ours, 0.5), 20.0)
+    report.at_most("death seen, p50, ms", typical, 20.0)
     report.at_most("run.failed published, p50, ms", percentile(ended, 0.5), 100.0)
     report.write(options.results)
 
