@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,12 @@ def test_a_created_run_is_there_with_its_events(store: JournalStore) -> None:
     store.create(a_run(events=3), 1)
     assert store.run("r1").last_seq == 2
     assert seqs(store) == [0, 1, 2]
+
+
+def test_it_is_written_ahead_and_synced_as_that_allows(store: JournalStore, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.sqlite")) as other:
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 1  # NORMAL
 
 
 def test_a_second_run_of_the_same_id_is_refused(store: JournalStore) -> None:
