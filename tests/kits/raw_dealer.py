@@ -10,17 +10,23 @@ from voidbus.transport.envelope import Envelope, Kind, read_envelope
 from voidbus.transport.message import Right
 
 
+def raw_socket(bus: Bus, kind: int) -> zmq.Socket[bytes]:
+    """A socket that the bus lets in, where it connects to it."""
+    made = bus.context.socket(kind)
+    made.linger = 0
+    made.rcvtimeo = made.sndtimeo = 10_000
+    if bus.keys is not None:
+        made.curve_secretkey = bus.keys.secret
+        made.curve_publickey = bus.keys.public
+        made.curve_serverkey = bus.keys.server
+    return made
+
+
 class RawDealer:
     """One connection to the endpoint of a right, by whatever transport the bus is on."""
 
     def __init__(self, bus: Bus, right: Right) -> None:
-        self.socket = bus.context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.rcvtimeo = self.socket.sndtimeo = 10_000
-        if bus.keys is not None:
-            self.socket.curve_secretkey = bus.keys.secret
-            self.socket.curve_publickey = bus.keys.public
-            self.socket.curve_serverkey = bus.keys.server
+        self.socket = raw_socket(bus, zmq.DEALER)
         self.socket.connect(bus.hub.addresses[right])
 
     def send(self, envelope: Envelope) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import zmq
-from transport_kit import Answer, Bus, Echo, Look, Signal, Work
+from raw_dealer import raw_socket
+from transport_kit import WIRES, Answer, Bus, Echo, Look, Signal, Work
 
 from voidbus.transport.access import ipc_endpoints, secure_directory
 from voidbus.transport.address import AddressError
@@ -27,9 +28,9 @@ MESSAGES = 600
 
 
 @pytest.fixture
-def hub_bus(ipc_bus: Bus) -> Bus:
-    ipc_bus.hub.attach("echo", Echo())
-    return ipc_bus
+def hub_bus(wire_bus: Bus) -> Bus:
+    wire_bus.hub.attach("echo", Echo())
+    return wire_bus
 
 
 def check_unharmed(bus: Bus) -> None:
@@ -49,9 +50,7 @@ def check_unharmed(bus: Bus) -> None:
 
 
 def dealer(bus: Bus, right: Right) -> zmq.Socket[bytes]:
-    made = bus.context.socket(zmq.DEALER)
-    made.linger = 0
-    made.rcvtimeo = made.sndtimeo = 10_000
+    made = raw_socket(bus, zmq.DEALER)
     made.connect(bus.hub.addresses[right])
     return made
 
@@ -144,9 +143,7 @@ def test_subscriptions_nobody_should_send_harm_nobody(hub_bus: Bus) -> None:
     rng = random.Random("subscriptions")
     for number in range(10):
         hub_bus.hub.publish(f"events/{number}", Look())
-    with hub_bus.context.socket(zmq.XSUB) as peer:
-        peer.linger = 0
-        peer.rcvtimeo = 10_000
+    with raw_socket(hub_bus, zmq.XSUB) as peer:
         peer.connect(hub_bus.hub.topics_address)
         for _ in range(MESSAGES):
             kind = rng.choice((b"\x01", b"\x00", b"\x02", b"\xff", b""))
@@ -162,8 +159,7 @@ def test_subscriptions_nobody_should_send_harm_nobody(hub_bus: Bus) -> None:
 def test_a_prefix_that_is_too_long_costs_its_subscriber_the_connection(hub_bus: Bus) -> None:
     """libzmq keeps a node of a tree for each byte of a prefix, and frees them by recursion."""
     for size in (2000, 20_000):  # one of 16 MiB would overflow the stack of this process too
-        peer = hub_bus.context.socket(zmq.XSUB)
-        peer.linger = 0
+        peer = raw_socket(hub_bus, zmq.XSUB)
         monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         peer.connect(hub_bus.hub.topics_address)
         peer.send(b"\x01" + b"x" * size)
@@ -196,7 +192,7 @@ def raw_connections(bus: Bus) -> Iterator[Callable[[], socket.socket]]:
         yield connect
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("transport", WIRES)
 def test_bytes_that_are_not_even_zeromq_harm_nobody(tmp_path: Path, transport: str) -> None:
     rng = random.Random(transport)
     bus = Bus(transport, tmp_path)

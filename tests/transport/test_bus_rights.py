@@ -101,47 +101,47 @@ def test_an_operators_ask_ends_at_once_when_its_run_goes(bus: Bus) -> None:
 
 
 @pytest.fixture
-def raw(ipc_bus: Bus) -> Any:
-    raw = RawDealer(ipc_bus, Right.OPERATE)
+def raw(wire_bus: Bus) -> Any:
+    raw = RawDealer(wire_bus, Right.OPERATE)
     yield raw
     raw.socket.close()
 
 
-def test_a_forged_sender_or_origin_is_dropped_and_counted(ipc_bus: Bus, raw: RawDealer) -> None:
+def test_a_forged_sender_or_origin_is_dropped_and_counted(wire_bus: Bus, raw: RawDealer) -> None:
     echo = Echo()
-    ipc_bus.hub.attach("echo", echo)
+    wire_bus.hub.attach("echo", echo)
     assert raw.hello("client-raw", 7) is Kind.WELCOME
     raw.ask("client-b/", "hub/echo", 7, 1)
     raw.ask("client-raw/", "hub/echo", 8, 2)
     raw.ask("client-raw/", "hub/echo", 7, 3)
     assert read_envelope(raw.socket.recv_multipart()).kind is Kind.REPLY
     assert len(echo.got) == 1
-    assert ipc_bus.hub.counters["forged_sender"] == 2
+    assert wire_bus.hub.counters["forged_sender"] == 2
 
 
-def test_a_connection_keeps_its_one_name(ipc_bus: Bus, raw: RawDealer) -> None:
-    ipc_bus.hub.attach("echo", Echo())
+def test_a_connection_keeps_its_one_name(wire_bus: Bus, raw: RawDealer) -> None:
+    wire_bus.hub.attach("echo", Echo())
     assert raw.hello("client-raw", 7) is Kind.WELCOME
     body = Hello(node="client-two", instance=9).to_json()
     raw.send(Envelope(Kind.HELLO, "hub/", "client-two/", tag=Hello.tag, body=body))
     raw.ask("client-raw/", "hub/echo", 7, 1)
     assert read_envelope(raw.socket.recv_multipart()).kind is Kind.REPLY
-    assert ipc_bus.hub.nodes == ["client-raw"]
+    assert wire_bus.hub.nodes == ["client-raw"]
 
 
 def test_knowing_a_clients_instance_is_not_enough_to_take_its_link(
-    ipc_bus: Bus, raw: RawDealer
+    wire_bus: Bus, raw: RawDealer
 ) -> None:
-    client = ipc_bus.leaf("client-a")
+    client = wire_bus.leaf("client-a")
     assert raw.hello("client-a", client.instance) is Kind.REFUSED
-    assert raw.hello("client-raw", ipc_bus.hub.instance) is Kind.REFUSED
+    assert raw.hello("client-raw", wire_bus.hub.instance) is Kind.REFUSED
 
 
 @pytest.mark.parametrize("right", list(Right))
-def test_hostile_frames_are_counted_and_leave_the_hub_unharmed(ipc_bus: Bus, right: Right) -> None:
-    ipc_bus.hub.attach("echo", Echo())
-    client = ipc_bus.leaf("client-a")
-    raw = RawDealer(ipc_bus, right)
+def test_hostile_frames_are_counted_and_leave_the_hub_unharmed(wire_bus: Bus, right: Right) -> None:
+    wire_bus.hub.attach("echo", Echo())
+    client = wire_bus.leaf("client-a")
+    raw = RawDealer(wire_bus, right)
     asked = Envelope(Kind.ASK, "hub/echo", "x/", tag=Look.tag, body=b"{}", deadline=1e9)
     good = asked.frames()[0]
     start = good.index(b"\0") + 1
@@ -162,7 +162,7 @@ def test_hostile_frames_are_counted_and_leave_the_hub_unharmed(ipc_bus: Bus, rig
     raw.send(Envelope(Kind.PING, "hub/", "x/"))  # answered: everything before it was read
     assert read_envelope(raw.socket.recv_multipart()).kind is Kind.UNKNOWN_LINK
     raw.socket.close()
-    assert ipc_bus.hub.counters["malformed"] == len(hostile) + 1
+    assert wire_bus.hub.counters["malformed"] == len(hostile) + 1
     assert client.ask("hub/echo", Look(text="x"), timeout=5).result() == Answer(text="x")
 
 
@@ -171,10 +171,10 @@ class Private(Message, tag="test.private"):
 
 
 @pytest.mark.parametrize("right", list(Right))
-def test_no_link_may_send_what_is_private_to_a_process(ipc_bus: Bus, right: Right) -> None:
-    ipc_bus.hub.attach("echo", Echo())
+def test_no_link_may_send_what_is_private_to_a_process(wire_bus: Bus, right: Right) -> None:
+    wire_bus.hub.attach("echo", Echo())
     name = "run-1" if right is Right.WORK else "client-a"
-    leaf = ipc_bus.leaf(name, right)
+    leaf = wire_bus.leaf(name, right)
     outcome = leaf.ask("hub/echo", Private(), timeout=5).wait()
     assert isinstance(outcome, Fault)
     assert outcome.reason is FaultReason.REFUSED
@@ -201,11 +201,11 @@ def test_a_hub_that_is_still_reading_whom_to_expect_refuses_nobody(tmp_path: Pat
 
 @pytest.mark.parametrize("right", list(Right))
 def test_a_frame_over_the_limit_costs_its_sender_the_connection_and_nobody_else(
-    ipc_bus: Bus, right: Right
+    wire_bus: Bus, right: Right
 ) -> None:
-    ipc_bus.hub.attach("echo", Echo())
-    client = ipc_bus.leaf("client-a")
-    raw = RawDealer(ipc_bus, right)
+    wire_bus.hub.attach("echo", Echo())
+    client = wire_bus.leaf("client-a")
+    raw = RawDealer(wire_bus, right)
     raw.send(Envelope(Kind.PING, "hub/", "x/"))
     assert read_envelope(raw.socket.recv_multipart()).kind is Kind.UNKNOWN_LINK
     raw.socket.send(b"x" * (ATTACHMENT_LIMIT + 1))
@@ -215,13 +215,13 @@ def test_a_frame_over_the_limit_costs_its_sender_the_connection_and_nobody_else(
     raw.socket.close()
 
 
-def test_a_reply_from_a_node_that_was_not_asked_is_dropped(ipc_bus: Bus) -> None:
-    asked, liar = ipc_bus.leaf("run-1", Right.WORK), RawDealer(ipc_bus, Right.WORK)
+def test_a_reply_from_a_node_that_was_not_asked_is_dropped(wire_bus: Bus) -> None:
+    asked, liar = wire_bus.leaf("run-1", Right.WORK), RawDealer(wire_bus, Right.WORK)
     mute = Mute()
     asked.attach("mute", mute)
-    ipc_bus.hub.expect("run-2", token_digest("raw"), 0)
+    wire_bus.hub.expect("run-2", token_digest("raw"), 0)
     assert liar.hello("run-2", 9) is Kind.WELCOME
-    ask = ipc_bus.hub.ask("run-1/mute", Work(), timeout=0.5)
+    ask = wire_bus.hub.ask("run-1/mute", Work(), timeout=0.5)
     mute.wait_for(1)
     body = Answer(text="a lie").to_json()
     for number in range(1, 20):  # the numbers of asks are no secret: they are counted
@@ -230,7 +230,7 @@ def test_a_reply_from_a_node_that_was_not_asked_is_dropped(ipc_bus: Bus) -> None
                 Kind.REPLY,
                 "hub/",
                 "run-2/x",
-                origin=ipc_bus.hub.instance,
+                origin=wire_bus.hub.instance,
                 sequence=number,
                 tag=Answer.tag,
                 body=body,
@@ -239,5 +239,5 @@ def test_a_reply_from_a_node_that_was_not_asked_is_dropped(ipc_bus: Bus) -> None
     outcome = ask.wait()
     assert isinstance(outcome, Fault)
     assert outcome.reason is FaultReason.EXPIRED
-    assert ipc_bus.hub.counters["late_replies"] == 19
+    assert wire_bus.hub.counters["late_replies"] == 19
     liar.socket.close()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transport_kit import Bus, Look, Signal, Work
+from transport_kit import TRANSPORTS, Bus, Look, Signal, Work
 
 from voidbus.transport.address import AddressError
 from voidbus.transport.leaf import Leaf
@@ -64,8 +64,9 @@ def test_a_leaf_without_a_topics_endpoint_says_so(ipc_bus: Bus) -> None:
         leaf.close()
 
 
-def test_a_slow_consumer_learns_exactly_what_it_lost(tmp_path: Path) -> None:
-    bus = Bus("ipc", tmp_path, high_water=10)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_slow_consumer_learns_exactly_what_it_lost(tmp_path: Path, transport: str) -> None:
+    bus = Bus(transport, tmp_path, high_water=10)
     try:
         client = bus.leaf("client-a", high_water=10)
         got, gaps, go = Signal(), Signal(), threading.Event()
@@ -97,13 +98,6 @@ def test_a_slow_consumer_learns_exactly_what_it_lost(tmp_path: Path) -> None:
         }
         numbers = {p.number for p in seen}
         assert lost, [p.number for p in seen][:20]
-        print(
-            sorted(numbers)[:20],
-            len(numbers),
-            list(gaps.seen)[:3],
-            bus.hub.counters,
-            client.counters,
-        )
         assert not lost & numbers
         assert set(range(1, last + 1)) <= lost | numbers
         assert subscription.lost >= len(lost & set(range(1, last + 1)))
@@ -111,8 +105,11 @@ def test_a_slow_consumer_learns_exactly_what_it_lost(tmp_path: Path) -> None:
         bus.close()
 
 
-def test_a_subscriber_that_comes_in_the_middle_costs_the_others_nothing(tmp_path: Path) -> None:
-    bus = Bus("ipc", tmp_path)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_subscriber_that_comes_in_the_middle_costs_the_others_nothing(
+    tmp_path: Path, transport: str
+) -> None:
+    bus = Bus(transport, tmp_path)
     try:
         steady, restless = bus.leaf("client-a"), bus.leaf("client-b")
         got, gaps = Signal(), Signal()
@@ -128,16 +125,16 @@ def test_a_subscriber_that_comes_in_the_middle_costs_the_others_nothing(tmp_path
         bus.close()
 
 
-def test_a_hub_that_is_started_again_begins_a_new_count_and_no_gap(ipc_bus: Bus) -> None:
-    client = ipc_bus.leaf("client-a")
+def test_a_hub_that_is_started_again_begins_a_new_count_and_no_gap(wire_bus: Bus) -> None:
+    client = wire_bus.leaf("client-a")
     got, gaps = Signal(), Signal()
     subscription = client.subscribe("t", got, gaps)
     assert subscription.wait_ready(5)
     for _ in range(5):
-        ipc_bus.hub.publish("t", Look())
+        wire_bus.hub.publish("t", Look())
     got.wait(lambda seen: len(seen) == 5)
-    ipc_bus.hub.close()
-    hub = ipc_bus.start_hub()
+    wire_bus.hub.close()
+    hub = wire_bus.start_hub()
 
     # The subscription comes when the sockets are connected again, some time after the hub is up.
     deadline = time.monotonic() + 10
