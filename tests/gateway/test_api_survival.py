@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api_kit import ApiHouse, agent, api_house, gate, step, structured, workflow
+from api_kit import (
+    ApiHouse,
+    agent,
+    api_house,
+    gate,
+    scripted,
+    step,
+    structured,
+    workflow,
+    write_spec,
+)
 from http_kit import HttpClient
 
 
@@ -78,6 +88,30 @@ def test_an_agent_can_be_reached_and_cancelled_after_a_restart(
     assert house.unix.run(run_id)["sidecar"]["status"] == "ok"
     ended = house.unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
     assert ended.json["state"] == "cancelled"
+
+
+def test_a_service_goes_on_publishing_while_the_supervisor_is_killed_and_started_again(
+    house: ApiHouse, tmp_path: Path
+) -> None:
+    more, end = gate(tmp_path), gate(tmp_path)
+    script = f"echo one > out.txt; {more.wait}; echo two > out.txt; {end.wait}"
+    section = {**scripted(script), "mode": "service", "output_file": "/workspace/out.txt"}
+    run_id = house.unix.start(write_spec(tmp_path, "agent", name="desk", agent=section))
+    house.unix.wait_type(run_id, "run.output_ready")
+    before = house.unix.run(run_id)
+    (entry,) = before["artifact_publication"]["manifest"]
+    house.restart()
+    run = house.tcp.run(run_id)
+    assert (run["status"], run["output_ready"]) == ("running", True)
+    assert run["artifact_publication"] == before["artifact_publication"]
+    assert house.tcp.get(entry["retrieval_path"]).body == b"one\n"
+    more.open()
+    house.tcp.wait_type(run_id, "run.output_updated")
+    assert house.tcp.get(entry["retrieval_path"]).body == b"two\n"
+    end.open()
+    run = house.tcp.wait_end(run_id)
+    assert (run["status"], run["terminal_reason"]) == ("succeeded", "service exited cleanly")
+    assert house.unix.get(entry["retrieval_path"]).body == b"two\n"
 
 
 def test_what_was_there_before_is_there_after(house: ApiHouse, tmp_path: Path) -> None:

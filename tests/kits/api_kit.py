@@ -96,6 +96,15 @@ def structured(document: object, *files: tuple[str, str]) -> str:
     return "\n".join([*lines, "echo done"])
 
 
+def scripted(script: str) -> dict[str, Any]:
+    """What makes an agent or a box one that is a shell script; what that prints is its result."""
+    return {"prompt": "do it", "command": {"program": "sh", "args": ["-c", script]}}
+
+
+LEAVE_OUTPUT = """printf '{"status": "ok"}' > output.json"""
+"""The shell's words for leaving the structured output that agents and boxes owe."""
+
+
 def agent(folder: Path, *, messaging: bool = True, name: str = "scout", **env: str) -> Path:
     """An agent, played by claudio, which the environment directs."""
     return write_spec(
