@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from api_kit import agent, box, gate, pipeline, step, structured, workflow, write_spec
+from api_kit import (
+    LEAVE_OUTPUT,
+    agent,
+    box,
+    gate,
+    pipeline,
+    scripted,
+    step,
+    structured,
+    workflow,
+    write_spec,
+)
 from http_kit import TERMINAL, HttpClient
 
 
@@ -208,10 +219,24 @@ def test_a_box_that_fails_ends_the_pipeline_and_skips_what_had_not_begun(
 
 
 def test_boxes_hand_files_on_by_name(unix: HttpClient, tmp_path: Path) -> None:
-    maker = {**box("maker"), "outputs": [{"name": "plan"}]}
-    reader = {**box("reader"), "inputs": [{"from": "plan"}]}
+    maker = {
+        "name": "maker",
+        **scripted(f"echo the plan > output/plan; echo notes > aside/notes; {LEAVE_OUTPUT}"),
+        "outputs": [{"name": "plans"}, {"name": "notes", "guest": "/workspace/aside"}],
+    }
+    reader = {
+        "name": "reader",
+        **scripted(f"cat input/plan given/notes; {LEAVE_OUTPUT}"),
+        "inputs": [{"from": "plans"}, {"from": "notes", "guest": "/workspace/given"}],
+    }
     run = unix.finish(pipeline(tmp_path, maker, reader))
     assert (run["status"], run["error"]) == ("succeeded", None)
+    assert run["report"]["output"] == "the plan\nnotes"
+
+
+def test_an_input_that_is_nobodys_output_fails_the_pipeline(
+    unix: HttpClient, tmp_path: Path
+) -> None:
     stranger = {**box("reader"), "inputs": [{"from": "nobody"}]}
     broken = unix.finish(pipeline(tmp_path, box("maker"), stranger))
     assert broken["status"] == "failed"

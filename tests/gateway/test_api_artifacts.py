@@ -347,17 +347,30 @@ def other() -> Iterator[ApiHouse]:
         yield built
 
 
-def test_artifacts_are_there_after_the_supervisor_was_killed_and_started_again(
+def test_artifacts_of_every_kind_are_there_after_the_supervisor_was_killed_and_started_again(
     other: ApiHouse, tmp_path: Path
 ) -> None:
-    spec = workflow(tmp_path, step("make", SCRIPT), output_step="make")
-    before = other.unix.finish(spec)
-    entries = before["artifact_publication"]["manifest"]
-    bodies = {e["name"]: other.unix.get(e["retrieval_path"]).body for e in entries}
+    output = json.dumps({"status": "ok", "artifacts": [{"name": "me", "path": "output.json"}]})
+    specs = (
+        workflow(tmp_path, step("make", SCRIPT), output_step="make"),
+        agent(tmp_path, messaging=False, CLAUDIO_OUTPUT=output),
+        pipeline(tmp_path, box("p", CLAUDIO_OUTPUT=output), box("q")),
+    )
+    runs = [other.unix.finish(spec) for spec in specs]
+    entries = [entry for run in runs for entry in run["artifact_publication"]["manifest"]]
+    listed = [(entry["stage"], entry["name"]) for entry in entries[5:]]
+    assert listed == [
+        ("scout", "result.json"),
+        ("scout", "me"),
+        ("p", "result.json"),
+        ("p", "me"),
+        ("q", "result.json"),
+    ]
+    bodies = [other.unix.get(entry["retrieval_path"]).body for entry in entries]
+    assert bodies[5:9] == [output.encode()] * 4
     other.restart()
-    assert other.tcp.run(before["id"]) == before
-    for entry in entries:
-        assert other.tcp.get(entry["retrieval_path"]).body == bodies[entry["name"]]
+    assert [other.tcp.run(run["id"]) for run in runs] == runs
+    assert [other.tcp.get(entry["retrieval_path"]).body for entry in entries] == bodies
 
 
 def test_output_that_is_still_to_come_is_missing_until_it_is_there(
