@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_kit import ApiHouse, api_house, step, structured, workflow, write_spec
+from api_kit import (
+    LEAVE_OUTPUT,
+    ApiHouse,
+    api_house,
+    pipeline,
+    scripted,
+    step,
+    structured,
+    workflow,
+    write_spec,
+)
 from guest_vm import eventually
 from http_kit import HttpClient
 from vm_kit import qemus_of
@@ -76,6 +86,32 @@ def test_a_workflow_in_a_machine_pipes_shares_files_and_publishes_artifacts(
         assert unix.get(f"{at}/artifacts/note.txt").body == b"hello\n"
 
 
+def test_the_boxes_of_a_pipeline_have_a_machine_each_and_hand_files_on(
+    unix: HttpClient, tmp_path: Path
+) -> None:
+    # proc_sys_kernel(5): each boot of a kernel has another.
+    boot = "/proc/sys/kernel/random/boot_id"
+    maker = {
+        "name": "maker",
+        **scripted(f"cat {boot} > output/boot; {LEAVE_OUTPUT}"),
+        "outputs": [{"name": "made"}],
+    }
+    reader = {
+        "name": "reader",
+        **scripted(f"cat input/boot {boot}; {LEAVE_OUTPUT}"),
+        "inputs": [{"from": "made"}],
+    }
+    run = unix.wait_end(unix.start(pipeline(tmp_path, maker, reader, sandbox=SANDBOX)), 2 * BOOT)
+    assert (run["status"], run["error"]) == ("succeeded", None)
+    makers, readers = run["report"]["output"].split()
+    assert makers != readers
+    started = [e for e in run["events"] if e["event_type"] == "machine.started"]
+    assert [event["stage_name"] for event in started] == ["maker", "reader"]
+    assert all(event["payload"]["machine"].startswith("qemu") for event in started)
+    for entry in run["artifact_publication"]["manifest"]:
+        assert unix.get(entry["retrieval_path"]).json == {"status": "ok"}
+
+
 def test_a_cancel_ends_the_machine_before_it_is_answered(
     house: ApiHouse, unix: HttpClient, tmp_path: Path
 ) -> None:
@@ -114,7 +150,8 @@ def test_a_service_publishes_while_its_machine_is_sampled_and_a_cancel_ends_it(
     assert unix.get(entry["retrieval_path"]).json["turn"] > first["turn"]
     # Its program occupies the guest all the while.
     assert first_guest_sample(unix, run_id)["memory_total_bytes"] > 256 * 1024 * 1024
-    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"reason": "seen enough"})
+    # It ends when it is told to: with a grace longer than any answer takes, nobody waits that out.
+    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"reason": "seen enough", "grace_secs": 600})
     assert answer.json["state"] == "cancelled"
     assert qemus_of(house.supervisor) == []
     run = unix.run(run_id)
