@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from api_kit import ApiHouse, gate, step, workflow
+from guest_vm import eventually
 from http_kit import Answer, HttpClient
 
 RUNS = 200
@@ -18,11 +19,22 @@ EVENTS = 5000
 SECONDS = 5
 
 
+def active(api: HttpClient) -> tuple[int, int]:
+    """How many machines are up and how many stages run, of all runs."""
+    shown = dict(
+        line.split() for line in api.get("/metrics").text.splitlines() if line.count(" ") == 1
+    )
+    machines, stages = shown["voidbus_machines_active"], shown["voidbus_stages_active"]
+    return int(float(machines)), int(float(stages))
+
+
 @pytest.mark.timeout(240)
 def test_two_hundred_runs_at_once_all_end_well(
     house: ApiHouse, unix: HttpClient, tmp_path: Path
 ) -> None:
-    spec = workflow(tmp_path, step("a", "echo done"))
+    opened = gate(tmp_path)
+    script = f"{opened.wait_with_others}; echo done"
+    spec = workflow(tmp_path, step("a", script))
     answers: list[Answer] = []
     lock = threading.Lock()
 
@@ -41,13 +53,19 @@ def test_two_hundred_runs_at_once_all_end_well(
     assert [answer for answer in answers if answer.status != 200] == []
     started = [answer.json["run_id"] for answer in answers]
     assert len(set(started)) == RUNS
-    for run_id in started:
-        run = unix.wait_end(run_id, 200)
+    # None goes on before all are there, each with its machine and its stage.
+    assert eventually(lambda: active(unix) == (RUNS, RUNS), 200)
+    listed = unix.get("/v1/runs?state=active").json["runs"]
+    assert {run["id"] for run in listed} == set(started)
+    assert {(run["active_stage_count"], run["active_microvm_count"]) for run in listed} == {(1, 1)}
+    with opened.held_open():
+        ended = [unix.wait_end(run_id, 200) for run_id in started]
+    for run in ended:
         assert (run["status"], run["report"]["output"]) == ("succeeded", "done\n")
         assert [event["seq"] for event in run["events"]] == list(range(len(run["events"])))
     assert unix.get("/v1/runs?state=active").json == {"runs": []}
-    ended = {run["id"] for run in unix.get("/v1/runs?state=terminal").json["runs"]}
-    assert set(started) <= ended
+    terminal = {run["id"] for run in unix.get("/v1/runs?state=terminal").json["runs"]}
+    assert set(started) <= terminal
 
 
 def test_starts_in_the_same_moment_are_runs_of_their_own(unix: HttpClient, tmp_path: Path) -> None:

@@ -160,3 +160,18 @@ class Gate:
     def open(self) -> None:
         """Let one script that waits go on; wait for it to wait."""
         self.path.write_bytes(b"go\n")
+
+    @property
+    def wait_with_others(self) -> str:
+        """The shell's words for waiting where any number of scripts do."""
+        return f": < '{self.path}'"
+
+    @contextlib.contextmanager
+    def held_open(self) -> Iterator[None]:
+        """Let every script go on that waits with others, also those that come later."""
+        # fifo(7): to open it for reading waits until somebody has it open for writing.
+        fd = os.open(self.path, os.O_RDWR)
+        try:
+            yield
+        finally:
+            os.close(fd)
