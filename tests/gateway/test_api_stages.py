@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_kit import ApiHouse, api_house, box, gate, pipeline, step, workflow, write_spec
+from api_kit import ApiHouse, api_house, box, gate, pipeline, scripted, step, workflow, write_spec
+from guest_vm import eventually
 from http_kit import HttpClient
 
 FIELDS = {
@@ -136,6 +137,10 @@ def test_stages_of_a_run_nobody_knows_are_not_found(api: HttpClient) -> None:
 
 # -- telemetry -----------------------------------------------------------------------------------
 
+RING = 60
+# A guest's samples are handed in five at a time, one a second.
+_SAMPLED = 30.0
+
 
 @pytest.fixture(scope="module")
 def sampled() -> Iterator[ApiHouse]:
@@ -193,6 +198,85 @@ def test_samples_after_a_number_are_those_behind_it(sampled: ApiHouse, measured:
 def test_samples_may_be_of_one_stage(sampled: ApiHouse, measured: str) -> None:
     page = telemetry(sampled, measured, "?stage_name=nobody")
     assert page["samples"] == []
+
+
+@pytest.fixture(scope="module")
+def ringed() -> Iterator[ApiHouse]:
+    """A house where no more samples of a run are kept than a test can wait for."""
+    often = {
+        "VOIDBUS_TELEMETRY__INTERVAL_SECS": "0.05",
+        "VOIDBUS_TELEMETRY__BUFFER_SIZE": str(RING),
+    }
+    with api_house(**often) as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def watched(ringed: ApiHouse, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An agent that goes on, of which there have been more samples than are kept."""
+    spec = write_spec(
+        tmp_path_factory.mktemp("watched"), "agent", name="scout", agent=scripted("sleep 600")
+    )
+    run_id = ringed.unix.start(spec)
+    assert eventually(lambda: telemetry(ringed, run_id)["next_seq"] > RING, _SAMPLED)
+    return run_id
+
+
+def test_samples_of_a_guest_are_of_its_stage_and_those_of_the_host_of_none(
+    ringed: ApiHouse, watched: str
+) -> None:
+    of_stage: list[dict[str, Any]] = []
+    every: list[dict[str, Any]] = []
+
+    def found() -> bool:
+        every[:] = telemetry(ringed, watched)["samples"]
+        of_stage[:] = telemetry(ringed, watched, "?stage_name=scout")["samples"]
+        return bool(of_stage) and any("guest" in sample for sample in every)
+
+    assert eventually(found, _SAMPLED)
+    for sample in of_stage:
+        assert set(sample) == {"seq", "timestamp_ms", "stage_name", "guest"}
+        assert set(sample["guest"]) == {
+            "cpu_percent",
+            "memory_used_bytes",
+            "memory_total_bytes",
+            "net_rx_bytes",
+            "net_tx_bytes",
+            "procs_running",
+            "open_fds",
+        }
+        assert 0 < sample["guest"]["memory_used_bytes"] < sample["guest"]["memory_total_bytes"]
+        assert sample["guest"]["open_fds"] > 0
+    assert {s["stage_name"] for s in every if "guest" in s} == {"scout"}
+    assert {s["stage_name"] for s in every if "host" in s} == {None}
+
+
+def test_the_newest_samples_are_kept_and_no_more_than_configured(
+    ringed: ApiHouse, watched: str
+) -> None:
+    page = telemetry(ringed, watched)
+    last = page["next_seq"]
+    assert last > RING
+    assert [s["seq"] for s in page["samples"]] == list(range(last - RING + 1, last + 1))
+    # Who asks for what is forgotten gets what there is.
+    assert telemetry(ringed, watched, "?from_seq=1")["samples"][0]["seq"] > last - RING
+
+
+def test_a_client_that_passes_back_the_next_number_gets_each_sample_once(
+    ringed: ApiHouse, watched: str
+) -> None:
+    first = after = telemetry(ringed, watched)["next_seq"]
+    seqs: list[int] = []
+
+    def five_more() -> bool:
+        nonlocal after
+        page = telemetry(ringed, watched, f"?from_seq={after}")
+        seqs.extend(sample["seq"] for sample in page["samples"])
+        after = page["next_seq"]
+        return len(seqs) >= 5
+
+    assert eventually(five_more, _SAMPLED)
+    assert seqs == list(range(first + 1, after + 1))
 
 
 @pytest.mark.parametrize("from_seq", ["x", "-1", "1.5", "", "1e3", "%D9%A3", "9" * 30])
