@@ -11,6 +11,7 @@ import logging
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -81,6 +82,7 @@ _WORDS_LIMIT = 2000
 # supervisor twenty times a second rather than a hundred.
 _SAMPLE_INTERVAL_MS = 1000
 _SAMPLES_A_REPORT = 5
+_SAMPLE_LEAST_SECONDS = 0.5
 
 
 class VmActor(Actor):
@@ -121,7 +123,8 @@ class VmActor(Actor):
         self._channel: GuestChannel | None = None
         self._execs: dict[int, ExecHandle] = {}
         self._signalled: set[int] = set()
-        self._samples: list[tuple[int, GuestSample]] = []
+        self._samples: deque[tuple[int, GuestSample]] = deque()
+        self._sampled_at = -1.0  # by the monotonic clock
         self._stopping = False
         self._end_reason: str | None = None
         self._lost: str | None = None
@@ -183,6 +186,7 @@ class VmActor(Actor):
 
     def _stop_machine(self, grace: float, then: Callable[[str], None]) -> None:
         self._stopping = True
+        self._hand_in_samples()  # a run may be over before there are as many as are waited for
 
         def stopped(outcome: StopStep | Exception) -> None:
             if isinstance(outcome, Exception):
@@ -364,18 +368,22 @@ class VmActor(Actor):
 
     def _sampled(self, batch: TelemetryBatch) -> None:
         """On the channel's thread; a guest that floods is held to one sample a half second."""
-        now_ms = time.time_ns() // 1_000_000
-        if batch.system is None or (self._samples and now_ms - self._samples[-1][0] < 500):
+        now = time.monotonic()
+        if batch.system is None or now - self._sampled_at < _SAMPLE_LEAST_SECONDS:
             return
+        self._sampled_at = now
         sample = GuestSample.model_validate(batch.system, from_attributes=True)
-        self._samples.append((now_ms, sample))
+        self._samples.append((time.time_ns() // 1_000_000, sample))
         if len(self._samples) >= _SAMPLES_A_REPORT:
-            samples, self._samples = tuple(self._samples), []
-            self.post(
-                lambda: self.tell(
-                    self._telemetry,
-                    GuestSamples(run_id=self._spec.run_id, stage_name=self._stage, samples=samples),
-                )
+            self.post(self._hand_in_samples)
+
+    def _hand_in_samples(self) -> None:
+        """On this actor's thread, while the channel's may bring more."""
+        samples = tuple(self._samples.popleft() for _ in range(len(self._samples)))
+        if samples:
+            self.tell(
+                self._telemetry,
+                GuestSamples(run_id=self._spec.run_id, stage_name=self._stage, samples=samples),
             )
 
 

@@ -184,6 +184,15 @@ def test_samples_are_numbered_from_1_and_are_of_the_guest_or_the_host(
             assert sample["host"]["rss_bytes"] > 0
 
 
+def test_a_short_run_has_samples_of_its_guest_too(sampled: ApiHouse, tmp_path: Path) -> None:
+    run_id = sampled.unix.finish(workflow(tmp_path, step("a", "sleep 2.5")))["id"]
+
+    def found() -> bool:
+        return any("guest" in sample for sample in telemetry(sampled, run_id)["samples"])
+
+    assert eventually(found, _SAMPLED)
+
+
 def test_samples_after_a_number_are_those_behind_it(sampled: ApiHouse, measured: str) -> None:
     everything = telemetry(sampled, measured)
     some = telemetry(sampled, measured, "?from_seq=2")
