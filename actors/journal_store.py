@@ -127,7 +127,8 @@ class JournalStore:
                     )
             self._insert(batch.run_id, fresh)
             self._list(batch.run_id, batch.artifacts)
-            state = _changed(state, batch, fresh)
+            terminal = None if batch.outcome is None else self._terminal_event(batch.run_id)
+            state = _changed(state, batch, fresh, terminal)
             ended = self._now_ms() if state.status.terminal else None
             self._db.execute(
                 "UPDATE runs SET state = ?, active = ?, ended = ? WHERE id = ?",
@@ -377,6 +378,15 @@ class JournalStore:
         )
         self._grow(run_id, sum(len(row[3]) for row in rows))
 
+    def _terminal_event(self, run_id: str) -> RunEvent | None:
+        """The newest event that ends the run: also where it came before the outcome."""
+        row = self._db.execute(
+            "SELECT body FROM events WHERE run_id = ? AND stream IS NULL"
+            " AND json_extract(body, '$.event_type') IN (?, ?, ?) ORDER BY seq DESC LIMIT 1",
+            (run_id, *TERMINAL_EVENTS),
+        ).fetchone()
+        return None if row is None else RunEvent.model_validate_json(row[0])
+
     def _list(self, run_id: str, artifacts: Iterable[StoredArtifact]) -> None:
         for each in artifacts:
             known = self.artifact(run_id, each.stage, each.name)
@@ -435,7 +445,9 @@ def _with_last_seq(state: RunState, last_seq: int) -> RunState:
     return state.model_copy(update={"last_seq": last_seq})
 
 
-def _changed(state: RunState, batch: AppendEvents, fresh: tuple[RunEvent, ...]) -> RunState:
+def _changed(
+    state: RunState, batch: AppendEvents, fresh: tuple[RunEvent, ...], terminal: RunEvent | None
+) -> RunState:
     update: dict[str, object] = {}
     if fresh:
         update.update(last_seq=fresh[-1].seq, updated_at=fresh[-1].timestamp)
@@ -443,7 +455,6 @@ def _changed(state: RunState, batch: AppendEvents, fresh: tuple[RunEvent, ...]) 
         update.update(dict(batch.progress))
     if batch.outcome is not None:
         outcome = batch.outcome
-        terminal = next((e for e in reversed(fresh) if e.event_type in TERMINAL_EVENTS), None)
         update.update(
             status=outcome.status,
             error=outcome.error,
@@ -460,4 +471,4 @@ def _changed(state: RunState, batch: AppendEvents, fresh: tuple[RunEvent, ...]) 
     return state.model_copy(update=update)
 
 
-TERMINAL_EVENTS = frozenset({"run.finished", "run.failed", "run.cancelled"})
+TERMINAL_EVENTS = ("run.finished", "run.failed", "run.cancelled")

@@ -90,11 +90,19 @@ class JournalWriter:
         """Let the next batch list this; the event that tells of it follows."""
         self._artifacts.append(artifact)
 
-    def commit(self, outcome: RunOutcome | None = None) -> None:
-        """Spool what was gathered, and send. An outcome goes with the newest event."""
+    def end(self, terminal: RunEvent, outcome: RunOutcome) -> None:
+        """Journal the run's last event and its outcome, always in one batch: there is neither
+        without the other, whatever becomes of this process."""
+        if self._batches[-1]:
+            self._batches.append([])
+        self._batches[-1].append(terminal)
+        self._outcome = outcome
+        self.commit()
+
+    def commit(self) -> None:
+        """Spool what was gathered, and send."""
         self._gathering = False
         self._committed_at = self._actor.system.clock()
-        self._outcome = outcome or self._outcome
         if self._closed:
             return
         try:
@@ -110,9 +118,6 @@ class JournalWriter:
 
     def _commit_newest(self) -> None:
         events = self._batches[0]
-        if self._outcome is not None and len(events) > 1:
-            self._spool.add(self._batch(events[:-1]))
-            del events[:-1]
         if events or self._progress or self._artifacts or self._outcome:
             batch = self._batch(events).model_copy(
                 update={

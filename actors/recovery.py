@@ -18,6 +18,9 @@ from voidbus.actors.run_process import INTENTS_FILE, LEASE_FILE, LOG_FILE, SPOOL
 from voidbus.actors.spool import read_leftovers
 from voidbus.actors.stages import StageTable
 
+# A run may have any number of stages that its end ends too; a batch is one message.
+_EVENTS_AT_ONCE = 500
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -50,11 +53,11 @@ def recover(
         stages = StageTable(state.stage_states)
         for event in (*stage_events, *(event for batch in batches for event in batch.events)):
             stages.observe(event)
-        ending = _ending(state, batches, stages, leftovers, reason, cancel_reason)
+        *before, ending = _ending(state, batches, stages, leftovers, reason, cancel_reason)
         assert ending.outcome is not None
         # An outcome that was spooled has them already.
         outcome = ending.outcome.model_copy(update={"intents": read_kept(directory / INTENTS_FILE)})
-        batches.append(ending.model_copy(update={"outcome": outcome}))
+        batches += [*before, ending.model_copy(update={"outcome": outcome})]
     return Recovered(
         tuple(b.model_copy(update={"generation": state.generation}) for b in batches), leftovers
     )
@@ -85,10 +88,11 @@ def _ending(
     leftovers: Leftovers,
     reason: str,
     cancel_reason: str | None,
-) -> AppendEvents:
+) -> list[AppendEvents]:
+    """The batches that end it; the last has the terminal event and the outcome."""
     last_seq = next((b.events[-1].seq for b in reversed(batches) if b.events), state.last_seq)
     maker = EventMaker(state.id, state.mode, last_seq + 1)
-    events = []
+    events: list[RunEvent] = []
 
     def emit(event_type: str, message: str, **fields: object) -> None:
         event = maker.make(event_type, message, **fields)  # type: ignore[arg-type]
@@ -117,12 +121,24 @@ def _ending(
         output_ready=state.output_ready,
         report=state.report,
     )
-    return AppendEvents(
-        run_id=state.id,
-        generation=state.generation,
-        events=tuple(events),
-        progress=published.model_copy(
-            update={"machine": state.machine, "stage_states": stages.states, "cancelling": False}
-        ),
-        outcome=outcome.model_copy(update={"report": published.report}),
+    *batches_before, last_events = [
+        AppendEvents(
+            run_id=state.id,
+            generation=state.generation,
+            events=tuple(events[at : at + _EVENTS_AT_ONCE]),
+        )
+        for at in range(0, len(events), _EVENTS_AT_ONCE)
+    ]
+    ending = last_events.model_copy(
+        update={
+            "progress": published.model_copy(
+                update={
+                    "machine": state.machine,
+                    "stage_states": stages.states,
+                    "cancelling": False,
+                }
+            ),
+            "outcome": outcome.model_copy(update={"report": published.report}),
+        }
     )
+    return [*batches_before, ending]

@@ -34,6 +34,7 @@ from voidbus.actors.messages.machine import (
 from voidbus.actors.messages.run_process import CancelWork
 from voidbus.actors.messages.runs import (
     ReadConsole,
+    RunEvent,
     RunReport,
     RunStatus,
 )
@@ -428,10 +429,11 @@ class RunActor(Supervisor):
             return
         self._log.flush_all()
         self._phase = Phase.FLUSHING
-        outcome = self._cancelled() if self._cancel_reason is not None else self._ended_by_itself()
+        ended = self._cancelled() if self._cancel_reason is not None else self._ended_by_itself()
+        terminal, outcome = ended
         intents = tuple(self._desk.state.peek()) if self._desk is not None else ()
         self._writer.progress(self._progress())
-        self._writer.commit(outcome.model_copy(update={"intents": intents}))
+        self._writer.end(terminal, outcome.model_copy(update={"intents": intents}))
         self._writer.when_flushed(self._over)
         # While there is no supervisor nobody takes them; the spool keeps them for the next one.
         self.after(_FLUSH_TIMEOUT if self._linked else _UNLINKED_FLUSH_TIMEOUT, self._over)
@@ -439,14 +441,16 @@ class RunActor(Supervisor):
     def _over(self) -> None:
         self.end(ExitReason(ExitKind.NORMAL, "the run is over"))
 
-    def _cancelled(self) -> RunOutcome:
+    def _cancelled(self) -> tuple[RunEvent, RunOutcome]:
         reason = self._cancel_reason or "run marked cancelled"
         self._end_stages("run cancelled")
         self._decide_publication(None)
-        self.emit("run.cancelled", f"run cancelled: {reason}", level="warn")
-        return RunOutcome(status=RunStatus.CANCELLED, terminal_reason=reason, report=self._report)
+        return (
+            self._events.make("run.cancelled", f"run cancelled: {reason}", level="warn"),
+            RunOutcome(status=RunStatus.CANCELLED, terminal_reason=reason, report=self._report),
+        )
 
-    def _ended_by_itself(self) -> RunOutcome:
+    def _ended_by_itself(self) -> tuple[RunEvent, RunOutcome]:
         verdict = self._decide_publication(
             self._verdict or Verdict(False, None, "the run stopped without a result")
         )
@@ -454,10 +458,10 @@ class RunActor(Supervisor):
         self._end_stages(error)
         self.emit("log.closed", "stdout stream closed", stream="stdout")
         if verdict.success:
-            self.emit("run.finished", "run completed")
+            terminal = self._events.make("run.finished", "run completed")
         else:
-            self.emit("run.failed", f"run failed: {error}", level="error")
-        return RunOutcome(
+            terminal = self._events.make("run.failed", f"run failed: {error}", level="error")
+        return terminal, RunOutcome(
             status=RunStatus.SUCCEEDED if verdict.success else RunStatus.FAILED,
             error=None if verdict.success else error,
             terminal_reason=verdict.reason,

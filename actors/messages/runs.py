@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from voidbus.actors.messages.artifacts import ArtifactPublication
 from voidbus.transport.message import Message, Right
+
+# A cancel's reason is kept with the run and in its last event, which is one message with the run's
+# report (characters).
+REASON_LIMIT = 4000
 
 
 class RunStatus(StrEnum):
@@ -144,11 +148,12 @@ class RunAccepted(Message, tag="runs.accepted"):
 class CancelRun(Message, tag="runs.cancel", right=Right.OPERATE, changes=True):
     """Cancel a run: signal the agent, wait `grace` seconds (the run's policy where None), stop.
 
-    Answered at once by CancelAccepted; `run.cancelled` is the event that says it is done.
+    Answered at once by CancelAccepted; `run.cancelled` is the event that says it is done. Of a long
+    reason the first 4000 characters are kept.
     """
 
     run_id: str
-    reason: str | None = None
+    reason: Annotated[str, AfterValidator(lambda text: text[:REASON_LIMIT])] | None = None
     grace: float | None = Field(default=None, ge=0, le=3600)
 
 

@@ -93,6 +93,25 @@ def test_an_outcome_is_journaled_with_its_terminal_event(store: JournalStore) ->
     assert store.active() == ()
 
 
+def test_an_outcome_that_comes_behind_its_terminal_event_finds_it(store: JournalStore) -> None:
+    store.create(a_run(), 1)
+    ending = a_batch(first=2, count=1, outcome=SUCCEEDED)
+    last = ending.events[-1]
+    store.append(ending.model_copy(update={"outcome": None}))
+    for late in (a_batch(first=4, count=1), a_batch(first=5, count=0, outcome=None)):
+        state, _ = store.append(late)
+        assert (state.status, state.terminal_event_id) == (RunStatus.RUNNING, None)
+    state, _ = store.append(ending.model_copy(update={"events": ()}))
+    assert state.status is RunStatus.SUCCEEDED
+    assert (state.terminal_event_id, state.finished_at) == (last.event_id, last.timestamp)
+
+
+def test_an_outcome_without_any_terminal_event_still_ends_its_run(store: JournalStore) -> None:
+    store.create(a_run(), 1)
+    state, _ = store.append(AppendEvents(run_id="r1", generation=1, events=(), outcome=SUCCEEDED))
+    assert (state.status, state.terminal_event_id) == (RunStatus.SUCCEEDED, None)
+
+
 def test_a_run_that_has_ended_takes_no_more(store: JournalStore) -> None:
     store.create(a_run(), 1)
     ending = a_batch(first=2, count=1, outcome=SUCCEEDED)

@@ -148,6 +148,23 @@ def test_stages_that_were_only_queued_are_skipped(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_of_any_number_of_stages_is_ended(tmp_path: Path) -> None:
+    maker = EventMaker("r1", "mock", 2)
+    count = 1000
+    queued = [maker.make("stage.queued", "queued", stage=f"s{n}") for n in range(count)]
+    result = recover(
+        state_of(last_seq=count + 1),
+        tmp_path,
+        reason="it was killed",
+        cancel_reason=None,
+        stage_events=queued,
+    )
+    assert types(result) == ["stage.skipped"] * count + ["run.failed"]
+    assert [e.seq for b in result.batches for e in b.events] == [count + 2 + n for n in range(1001)]
+    assert [batch.outcome is not None for batch in result.batches] == [False, False, True]
+    assert result.batches[-1].events[-1].event_type == "run.failed"
+
+
 def test_batches_carry_the_generation_the_journal_has(tmp_path: Path) -> None:
     spooled(tmp_path, a_batch(first=2, generation=3))
     assert {batch.generation for batch in recovered(tmp_path).batches} == {7}

@@ -50,6 +50,37 @@ def test_a_cancel_is_answered_when_the_run_has_ended(
     assert (run["active_stage_count"], run["active_microvm_count"]) == (0, 0)
 
 
+# As many events as are sent at once, and one to either side.
+@pytest.mark.parametrize("count", [499, 500, 501])
+def test_a_run_knows_its_terminal_event_however_many_stages_end_with_it(
+    unix: HttpClient, tmp_path: Path, count: int
+) -> None:
+    waiting = [step(f"s{number}", "true", "hung") for number in range(count - 1)]
+    run_id = unix.start(workflow(tmp_path, step("hung", "echo up; exec sleep 600"), *waiting))
+    unix.wait_log(run_id, "up")
+    answer = cancelled(unix, run_id)
+    run = unix.run(run_id)
+    last = run["events"][-1]
+    assert last["event_type"] == "run.cancelled"
+    assert (answer["state"], answer["terminal_event_id"]) == ("cancelled", last["event_id"])
+    assert (run["terminal_event_id"], run["finished_at"]) == (last["event_id"], last["timestamp"])
+    assert len(run["stage_states"]) == count
+
+
+@pytest.mark.parametrize("size", [4000, 4001, 1024 * 1024, 4 * 1024 * 1024 - 20])
+def test_of_a_long_reason_the_beginning_is_kept(
+    unix: HttpClient, tmp_path: Path, size: int
+) -> None:
+    run_id = unix.start(hung(tmp_path))
+    unix.wait_log(run_id, "up")
+    answer = cancelled(unix, run_id, {"reason": "é" + "y" * (size - 1)})
+    run = unix.run(run_id)
+    last = run["events"][-1]
+    assert (answer["state"], answer["terminal_event_id"]) == ("cancelled", last["event_id"])
+    assert run["terminal_reason"] == "é" + "y" * 3999
+    assert last["message"] == f"run cancelled: {run['terminal_reason']}"
+
+
 def test_a_cancel_ends_the_stages_that_run_and_those_that_wait(
     unix: HttpClient, tmp_path: Path
 ) -> None:
