@@ -91,4 +91,9 @@ def authorized(header: str | None, token: str) -> bool:
     scheme, _, given = (header or "").partition(" ")
     if scheme != "Bearer":
         return False
-    return hmac.compare_digest(given.strip().encode(), token.strip().encode())
+    return hmac.compare_digest(_bytes_of(given), _bytes_of(token))
+
+
+def _bytes_of(text: str) -> bytes:
+    # aiohttp's headers and Python's environment write bytes that are no UTF-8 as lone surrogates.
+    return text.strip().encode(errors="surrogateescape")

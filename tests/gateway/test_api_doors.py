@@ -16,6 +16,8 @@ from api_kit import TOKEN, ApiHouse
 from http_kit import HttpClient, free_port
 from supervisor_kit import PATIENCE, Supervisor, running_supervisor
 
+from voidbus.gateway.token import authorized
+
 ROUTES = [
     ("GET", "/v1/health"),
     ("GET", "/v1/runs"),
@@ -76,6 +78,26 @@ def test_a_header_that_is_not_bearer_and_the_token_is_refused(tcp: HttpClient, h
     nobody = HttpClient(tcp.where)
     answer = nobody.ask("GET", "/v1/health", None, {"Authorization": header})
     assert answer.problem == (401, "UNAUTHORIZED", False)
+
+
+@pytest.mark.parametrize(
+    "value", [b"Bearer \xff", b"Bearer \xed\xa0\x80", b"Bearer " + bytes(range(128, 256)), b"\xff"]
+)
+def test_a_header_that_is_no_text_is_refused_and_leaves_nothing_in_the_log(
+    tcp: HttpClient, house: ApiHouse, value: bytes
+) -> None:
+    before = house.supervisor.log
+    head = HttpClient(tcp.where).head_bytes("GET /v1/health HTTP/1.1")
+    received = tcp.raw(head.replace(b"\r\n\r\n", b"\r\nAuthorization: " + value + b"\r\n\r\n"))
+    assert received.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
+    assert b'"code": "UNAUTHORIZED"' in received
+    assert house.supervisor.log == before
+
+
+def test_a_token_of_the_environment_may_be_any_bytes() -> None:
+    token = b"\xfftoken".decode(errors="surrogateescape")
+    assert authorized(f"Bearer {token}", token)
+    assert not authorized("Bearer \ufffdtoken", token)
 
 
 @pytest.mark.parametrize("name", ["Authorization", "authorization", "AUTHORIZATION"])
