@@ -12,6 +12,7 @@ from voidbus.actors.messages.runs import InspectRun, RawEvents, ReadRawEvents, R
 from voidbus.gateway.bus import Bus
 from voidbus.gateway.feed import JOURNAL, FeedEvent
 from voidbus.gateway.problems import Code, Problem
+from voidbus.gateway.protocol import has_ended
 from voidbus.gateway.router import Call
 from voidbus.gateway.spooled import Spooled
 
@@ -151,6 +152,8 @@ async def _follow_log(call: Call, run_id: str, chosen: _Chosen) -> web.StreamRes
             )
             if lines:
                 await response.write(lines)
+            elif not some and has_ended(call.request):
+                break  # it may have gone altogether, which only writing would show
     await response.write_eof()
     return response
 

@@ -18,6 +18,7 @@ from aiohttp import HttpVersion10, web
 from voidbus.gateway.api import Api
 from voidbus.gateway.patience import USUAL, Patience
 from voidbus.gateway.problems import Code, Problem
+from voidbus.gateway.protocol import HttpServer, failed
 from voidbus.gateway.router import MAX_BODY, Call, Route, Router
 from voidbus.gateway.routes import ROUTES
 from voidbus.gateway.token import authorized
@@ -112,7 +113,7 @@ class Server:
             return
         api = Api(self._node, self._release, self._patience)
         desk = _Desk(api, {door.listener.getsockname(): door.token for door in self._doors})
-        http = _HttpServer(
+        http = HttpServer(
             desk,
             request_factory=desk.make_request,
             logger=_http_log,
@@ -160,6 +161,7 @@ class _Desk:
         writer: Any,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
+        protocol.request_begins(payload)
         return web.BaseRequest(
             message, payload, protocol, writer, task, self._loop, client_max_size=MAX_BODY
         )
@@ -188,7 +190,7 @@ class _Desk:
             raise  # the client has gone
         except Exception:
             log.exception("%s %s failed", request.method, request.path[:200])
-            response = _failed().response()
+            response = failed().response()
         finally:
             self.connections.cut_in(transport, self._api.patience.idle)
         self._api.metrics.served(route, response.status, time.monotonic() - began)
@@ -221,36 +223,3 @@ class _Desk:
             if isinstance(known, tuple) and isinstance(name, tuple) and known[1] == name[1]:
                 return token
         raise Problem(Code.UNAUTHORIZED, "missing or invalid bearer token")
-
-
-def _failed() -> Problem:
-    return Problem(Code.INTERNAL_ERROR, "the gateway failed; its log says how")
-
-
-class _HttpServer(web.Server):
-    """aiohttp's server, with errors of our own."""
-
-    def __call__(self) -> web.RequestHandler:
-        return _RequestHandler(self, loop=self._loop, **self._kwargs)
-
-
-class _RequestHandler(web.RequestHandler):
-    """What can't be read as HTTP gets an error like any other."""
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if status >= 500:
-            # That a client has gone is nobody's failure, and nobody reads the answer.
-            if not isinstance(exc, ConnectionError):
-                log.error("a request failed outside its handler", exc_info=exc)
-            problem = _failed()
-        else:
-            problem = Problem(Code.INVALID_PARAMS, "this is no HTTP request", status)
-        response = problem.response()
-        response.force_close()
-        return response

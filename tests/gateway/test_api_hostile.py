@@ -31,7 +31,7 @@ def resident(house: ApiHouse) -> int:
 
 def status_of(received: bytes) -> bytes:
     """The status of an answer's first line; nothing where the connection was closed instead."""
-    match = re.match(rb"HTTP/1\.[01] ([0-9]{3}) ", received)
+    match = re.match(rb"HTTP/[01]\.[019] ([0-9]{3}) ", received)
     return match[1] if match else received
 
 

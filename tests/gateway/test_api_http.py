@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
+import threading
 from pathlib import Path
 
 import pytest
-from api_kit import step, structured, workflow
+from api_kit import gate, step, structured, workflow
 from http_kit import HttpClient
 
 
@@ -112,10 +114,96 @@ def test_a_body_of_almost_four_mebibytes_is_read(api: HttpClient) -> None:
     assert api.wait_end(answer.json["run_id"])["status"] == "failed"
 
 
-def test_a_body_that_ends_early_is_taken_as_it_is(unix: HttpClient) -> None:
-    head = unix.head_bytes("POST /v1/runs HTTP/1.1", Content_Length="1000")
-    received = unix.raw(head + b'{"file": "/nowhere.yaml"}', shut=True)
-    assert received == b"" or received.startswith((b"HTTP/1.1 200", b"HTTP/1.1 400"))
+def test_a_body_that_ends_early_is_taken_as_it_is(api: HttpClient) -> None:
+    head = api.head_bytes("POST /v1/runs HTTP/1.1", Content_Length="1000")
+    received = api.raw(head + b'{"file": "/nowhere.yaml"}', shut=True)
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert api.wait_end(run_of(received))["status"] == "failed"
+    cut = api.raw(head + b'{"file": "/nowhere.ya', shut=True)
+    assert cut.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b'"code": "INVALID_SPEC"' in cut
+
+
+def test_chunks_that_end_early_are_taken_as_they_are(api: HttpClient) -> None:
+    head = api.head_bytes("POST /v1/runs HTTP/1.1", Transfer_Encoding="chunked")
+    received = api.raw(head + b'19\r\n{"file": "/nowhere.yaml"}\r\n', shut=True)
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def run_of(received: bytes) -> str:
+    """The run that an answer to a start names."""
+    return str(json.loads(received.partition(b"\r\n\r\n")[2])["run_id"])
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_client_that_will_send_no_more_gets_its_answer(api: HttpClient, version: str) -> None:
+    head = api.head_bytes(f"GET /v1/health HTTP/{version}")
+    kept = head.replace(b"Connection: close\r\n", b"")
+    for request in (head, kept):
+        received = api.raw(request, shut=True)
+        assert received.startswith(f"HTTP/{version} 200 OK\r\n".encode())
+        assert received.endswith(b'{"status":"ok","persistence":"disk"}')
+
+
+def test_a_start_by_a_client_that_will_send_no_more_is_answered(api: HttpClient) -> None:
+    body = b'{"file": "/nowhere.yaml"}'
+    head = api.head_bytes("POST /v1/runs HTTP/1.1", Content_Length=str(len(body)))
+    received = api.raw(head + body, shut=True)
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert api.wait_end(run_of(received))["status"] == "failed"
+
+
+def test_an_answer_that_takes_long_reaches_a_client_that_will_send_no_more(
+    api: HttpClient, tmp_path: Path
+) -> None:
+    run_id = api.start(
+        workflow(tmp_path, step("a", "trap 'exit 0' TERM; echo up; sleep 600 & wait"))
+    )
+    api.wait_log(run_id, "up")
+    received = api.raw(api.head_bytes(f"POST /v1/runs/{run_id}/cancel HTTP/1.1"), shut=True)
+    assert b'"state":"cancelled"' in received
+
+
+def test_all_requests_of_a_client_that_will_send_no_more_are_answered(api: HttpClient) -> None:
+    kept = api.head_bytes("GET /v1/health HTTP/1.1").replace(b"Connection: close\r\n", b"")
+    received = api.raw(kept * 3, shut=True)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 3
+
+
+def test_a_client_that_will_send_no_more_follows_a_run_to_its_end(
+    api: HttpClient, tmp_path: Path
+) -> None:
+    opened = gate(tmp_path)
+    run_id = api.start(workflow(tmp_path, step("a", f"{opened.wait}; echo done")))
+    opener = threading.Thread(target=opened.open)
+    opener.start()
+    received = api.raw(api.head_bytes(f"GET /v1/runs/{run_id}/events/stream HTTP/1.1"), shut=True)
+    opener.join()
+    assert b'"event_type":"run.finished"' in received
+
+
+def test_a_client_that_sends_half_a_head_and_no_more_is_let_go(api: HttpClient) -> None:
+    for half in (b"", b"GET /v1/heal", b"GET /v1/health HTTP/1.1\r\nHost: x\r\n"):
+        assert api.raw(half, shut=True) == b""
+
+
+@pytest.mark.parametrize("shut", [False, True])
+def test_a_body_without_a_length_is_what_came_with_the_head(api: HttpClient, shut: bool) -> None:
+    head = api.head_bytes("POST /v1/runs HTTP/1.1")
+    received = api.raw(head + b'{"file": "/nowhere.yaml"}', shut=shut)
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert api.wait_end(run_of(received))["status"] == "failed"
+    empty = api.raw(head, shut=shut)
+    assert empty.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b'"code": "INVALID_SPEC"' in empty
+
+
+def test_a_request_behind_one_without_a_body_is_no_body(api: HttpClient) -> None:
+    head = api.head_bytes("POST /v1/runs/nobody/cancel HTTP/1.1")
+    kept = head.replace(b"Connection: close\r\n", b"")
+    received = api.raw(kept + api.head_bytes("GET /v1/health HTTP/1.1"))
+    assert received.startswith(b"HTTP/1.1 404 Not Found\r\n")
+    assert received.endswith(b'{"status":"ok","persistence":"disk"}')
 
 
 def test_names_in_a_path_are_percent_decoded(unix: HttpClient, tmp_path: Path) -> None:

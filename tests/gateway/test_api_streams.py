@@ -186,6 +186,20 @@ def test_a_stream_of_the_log_that_is_not_there_is_refused(
     assert answer.problem == (400, "INVALID_PARAMS", False)
 
 
+def test_a_client_that_will_send_no_more_gets_the_log_there_is(
+    api: HttpClient, tmp_path: Path
+) -> None:
+    opened = gate(tmp_path)
+    run_id = api.start(workflow(tmp_path, step("a", f"echo one; {opened.wait}")))
+    api.wait_log(run_id, "one")
+    received = api.raw(
+        api.head_bytes(f"GET /v1/runs/{run_id}/logs?follow=true HTTP/1.1"), shut=True
+    )
+    assert b"one\n" in received
+    assert api.run(run_id)["status"] == "running"
+    opened.open()
+
+
 def test_the_log_is_followed_to_the_runs_end(api: HttpClient, tmp_path: Path) -> None:
     opened = gate(tmp_path)
     run_id = api.start(workflow(tmp_path, step("a", f"echo one; {opened.wait}; echo two")))
