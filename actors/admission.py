@@ -73,34 +73,30 @@ class Admission:
 
     def begin(self, message: StartRun, delivery: Delivery) -> None:
         """Take a request in, or refuse it."""
-        refusal = self._refusal(message)
-        if refusal is not None:
-            delivery.fail(*refusal)
-            return
         if message.run_id is None:
-            self._load(message, self._new_run_id(), delivery)
+            self._admit(message, self._new_run_id(), delivery)
             return
         run_id = message.run_id
+        if not is_run_id(run_id):
+            problem = f"run id {run_id[:40]!r}: use 1 to 100 of A-Z a-z 0-9 . _ - only"
+            delivery.fail(FaultReason.INVALID, problem)
+            return
 
         def looked_up(outcome: Message) -> None:
             if isinstance(outcome, RunState):
                 _answer_existing(outcome, delivery)
             elif isinstance(outcome, Fault) and outcome.reason is FaultReason.NO_SUCH_ACTOR:
-                self._load(message, run_id, delivery)
+                self._admit(message, run_id, delivery)
             else:
                 delivery.fail(FaultReason.FAILED, detail_of(outcome))
 
         inspect = InspectRun(run_id=run_id)
         self._actor.ask(self._journal, inspect, looked_up, timeout=_ASK_TIMEOUT)
 
-    def _refusal(self, message: StartRun) -> tuple[FaultReason, str] | None:
+    def _refusal(self) -> tuple[FaultReason, str] | None:
+        """Why there may be no new run now."""
         if self.closed:
             return FaultReason.REFUSED, "the supervisor is stopping and takes no new runs"
-        if message.run_id is not None and not is_run_id(message.run_id):
-            return (
-                FaultReason.INVALID,
-                f"run id {message.run_id[:40]!r}: use 1 to 100 of A-Z a-z 0-9 . _ - only",
-            )
         if self._count_active() + len(self._under_way) >= self._limit:
             return (
                 FaultReason.OVERLOADED,
@@ -116,9 +112,15 @@ class Admission:
         self._last_number = number
         return f"run-{number}"
 
-    def _load(self, message: StartRun, run_id: str, delivery: Delivery) -> None:
+    def _admit(self, message: StartRun, run_id: str, delivery: Delivery) -> None:
+        """Take in a run there is none of yet; who asks for one that is being taken in waits too,
+        however many there are."""
         if run_id in self._under_way:
             self._under_way[run_id].append(delivery)
+            return
+        refusal = self._refusal()
+        if refusal is not None:
+            delivery.fail(*refusal)
             return
         self._under_way[run_id] = []
         self._read_spec(message, run_id, delivery)

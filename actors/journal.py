@@ -119,9 +119,11 @@ class Journal(Actor):
         with _as_faults():
             ends_it = message.outcome is not None and not self._has_ended(message.run_id)
             state, fresh = self.store.append(message)
+        if ends_it:
+            # First: who sees the run's last event may start another run in its place.
+            self.tell(self._runs, RunEnded(run_id=message.run_id, status=state.status))
         self._publish(message.run_id, fresh)
         if ends_it:
-            self.tell(self._runs, RunEnded(run_id=message.run_id, status=state.status))
             self.system.node.retire_topic(events_topic(message.run_id))
         return Appended(run_id=message.run_id, last_seq=state.last_seq, ended=state.status.terminal)
 

@@ -121,7 +121,8 @@ class Runs(Supervisor):
             self,
             "supervisor/journal",
             active=self._runs,
-            count_active=lambda: len(self._runs),
+            # One that has ended has no machine any more, and its process is about to exit.
+            count_active=lambda: sum(not run.ended for run in self._runs.values()),
             limit=settings.max_parallel,
             on_admitted=self._admitted,
         )
