@@ -88,7 +88,9 @@ class AgentTask(Workload):
         if self._stage.retry(lambda: self._start(machine)):
             return
         report = agent_report(self._name, end, self._spent, success=False)
-        self._conductor.finish(Verdict(False, report, end.error, exit_code=end.exit.exit_code))
+        self._conductor.finish(
+            Verdict(False, report, end.error, exit_code=end.exit.exit_code, requires_output=True)
+        )
 
     def _complete(self, end: AgentEnd, output: StageOutput, file: KeptFile | None) -> None:
         # With a result that is no error the agent succeeded, whatever its exit code.

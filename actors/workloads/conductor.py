@@ -44,8 +44,9 @@ class Exit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the workload came out: its report, or why there is none. `requires_output`: the run is
-    a failure unless its stages published structured output. `reason` is its terminal reason."""
+    """How the workload came out: its report, or why there is none. `requires_output`: the run owes
+    structured output, and is a failure without it; one that failed anyway has failed to publish.
+    `reason` is its terminal reason."""
 
     success: bool
     report: RunReport | None

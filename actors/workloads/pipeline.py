@@ -201,7 +201,13 @@ class Pipeline(Workload):
                 self._stages[later].skipped(f'box "{box}" failed')
         report = self._report(success=False)
         self._conductor.finish(
-            Verdict(False, report, f"box {box} failed: {error}", exit_code=exit_code)
+            Verdict(
+                False,
+                report,
+                f"box {box} failed: {error}",
+                exit_code=exit_code,
+                requires_output=True,
+            )
         )
 
     def _finish(self) -> None:

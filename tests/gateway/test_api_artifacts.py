@@ -312,9 +312,30 @@ def test_a_pipeline_needs_output_of_every_box(unix: HttpClient, tmp_path: Path) 
 
 
 def test_a_run_that_fails_by_itself_has_published_nothing(unix: HttpClient, tmp_path: Path) -> None:
-    run = unix.finish(agent(tmp_path, messaging=False, CLAUDIO_FAIL="broken"))
-    assert (run["status"], run["error"]) == ("failed", "broken")
-    assert run["artifact_publication"]["manifest"] == []
+    for spec, error in (
+        (agent(tmp_path, messaging=False, CLAUDIO_FAIL="broken"), "broken"),
+        (pipeline(tmp_path, box("p", CLAUDIO_FAIL="broken"), box("q")), "box p failed: broken"),
+    ):
+        run = unix.finish(spec)
+        assert (run["status"], run["error"]) == ("failed", error)
+        # It owed structured output.
+        assert run["artifact_publication"] == {"status": "failed", "manifest": []}
+    owing_none = unix.finish(workflow(tmp_path, step("a", "false")))
+    assert owing_none["artifact_publication"] == {"status": "not_started", "manifest": []}
+
+
+def test_a_pipeline_that_fails_later_has_published_what_came_before(
+    unix: HttpClient, tmp_path: Path
+) -> None:
+    run = unix.finish(pipeline(tmp_path, box("p"), box("q", CLAUDIO_FAIL="broken")))
+    assert (run["status"], run["error"]) == ("failed", "box q failed: broken")
+    assert run["artifact_publication"]["status"] == "published"
+    assert [e["stage"] for e in run["artifact_publication"]["manifest"]] == ["p"]
+    without = unix.finish(
+        pipeline(tmp_path, box("p", CLAUDIO_NO_OUTPUT="1"), box("q", CLAUDIO_FAIL="broken"))
+    )
+    assert (without["error"], without["terminal_reason"]) == ("box q failed: broken", None)
+    assert without["artifact_publication"] == {"status": "failed", "manifest": []}
 
 
 # -- agents, pipelines, restarts -----------------------------------------------------------------
