@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -20,8 +19,6 @@ from pathlib import Path
 from voidbus.actors.disk_remedy import disk_remedy
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-# How much of a file is looked at to tell what it is (bytes).
-_SNIFFED = 4 * 1024 * 1024
 
 
 class ArtifactStore:
@@ -104,21 +101,6 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(fd)  # the journal is to list nothing that a power cut could empty
     finally:
         os.close(fd)
-
-
-def media_type_of(content: bytes) -> str:
-    """JSON, text or bytes, by looking at it; a file too large to be looked at is bytes."""
-    if len(content) > _SNIFFED:
-        return "application/octet-stream"
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return "application/octet-stream"
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return "text/plain"
-    return "application/json"
 
 
 def unlisted_before(active_since: Iterable[str]) -> float:

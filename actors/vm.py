@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from voidbus.actors.artifact_store import ArtifactStore, media_type_of
+from voidbus.actors.artifact_store import ArtifactStore
 from voidbus.actors.console_file import keep_console
 from voidbus.actors.host_services import HostServices
 from voidbus.actors.leases import LeaseFile
 from voidbus.actors.messages.actor import Done
+from voidbus.actors.messages.file_content import media_type_of
 from voidbus.actors.messages.machine import (
     ExecEnded,
     ExecOutput,

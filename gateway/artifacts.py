@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from voidbus.actors.messages.artifacts import (
     ReadArtifact,
     StoredArtifact,
 )
+from voidbus.actors.messages.file_content import media_type_of
 from voidbus.actors.messages.runs import InspectRun, RunState
 from voidbus.gateway.feed import JOURNAL
 from voidbus.gateway.problems import Code, Problem, problem_of
@@ -80,20 +80,7 @@ async def _sniffed(call: Call, run_id: str, found: StoredArtifact) -> str:
     """What a named file is by its content: its media type is the guest's word only."""
     if found.size_bytes > _PART:
         return "application/octet-stream"
-    content = await _part(call, run_id, found, 0, found.size_bytes)
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return "application/octet-stream"
-    return _JSON if text[:1] in ("{", "[") and _is_json(text) else "text/plain"
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return media_type_of(await _part(call, run_id, found, 0, found.size_bytes))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +13,7 @@ from voidbus.actors.messages.artifacts import (
     ManifestEntry,
     StoredArtifact,
 )
+from voidbus.actors.messages.file_content import read_json
 
 
 class OutputFault(StrEnum):
@@ -132,11 +132,11 @@ def is_artifact_name(name: str) -> bool:
 def read_structured(content: bytes | None) -> tuple[OutputFault | None, list[NamedArtifact]]:
     """What is wrong with structured output, and the files it names. `content` None: it is too
     large to be looked at."""
+    if content is None:
+        return OutputFault.MALFORMED, []
     try:
-        document = json.loads(content) if content is not None else None
-    except (ValueError, RecursionError):
-        document = None
-    if document is None:
+        document = read_json(content)
+    except ValueError:
         return OutputFault.MALFORMED, []
     if not isinstance(document, dict) or "status" not in document:
         return OutputFault.NO_STATUS, []

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from read_only_kit import read_only
 
-from voidbus.actors.artifact_store import ArtifactStore, media_type_of, unlisted_before
+from voidbus.actors.artifact_store import ArtifactStore, unlisted_before
+from voidbus.actors.messages.file_content import media_type_of
 
 
 @pytest.fixture
@@ -106,6 +107,12 @@ def test_a_read_only_disk_is_named_with_the_remedy(tmp_path: Path) -> None:
     [
         (b'{"a": 1}', "application/json"),
         (b"null", "application/json"),
+        (b'"abc"', "application/json"),
+        (b"42", "application/json"),
+        (b' {"a":1}\n', "application/json"),
+        (b"NaN", "text/plain"),
+        (b'{"a": Infinity}', "text/plain"),
+        ('{"a": 1}'.encode("utf-16"), "application/octet-stream"),
         (b"words", "text/plain"),
         (b"\xff\x00", "application/octet-stream"),
         (b"[" * 100_000, "text/plain"),

@@ -21,6 +21,7 @@ RESULT = {
         {"name": "note.txt", "media_type": "text/markdown"},
         {"name": "table", "path": "deep/table.json"},
         {"name": "bytes.bin"},
+        *({"name": name} for name in ("words", "number", "spaced", "nan")),
         {"name": "gone.txt"},
         {"name": ""},
         {"media_type": "text/plain"},
@@ -29,6 +30,8 @@ RESULT = {
 }
 SCRIPT = (
     f"mkdir -p deep; printf '%s' '{TABLE}' > deep/table.json\n"
+    """printf '"abc"' > words; printf 42 > number; printf ' {"a":1}' > spaced\n"""
+    """printf '{"a":NaN}' > nan\n"""
     "printf '\\377\\376' > bytes.bin\n" + structured(RESULT, ("note.txt", NOTE))
 )
 
@@ -45,7 +48,7 @@ def test_the_manifest_lists_the_output_and_the_files_it_names(published: dict[st
     assert set(publication) == {"status", "published_at", "manifest"}
     assert publication["status"] == "published"
     at = f"/v1/runs/{published['id']}/stages/make"
-    result, note, table, binary, gone = publication["manifest"]
+    result, note, table, binary, *_, gone = publication["manifest"]
     for entry, name, media_type, path in (
         (result, "result.json", "application/json", f"{at}/output-file"),
         (note, "note.txt", "text/markdown", f"{at}/artifacts/note.txt"),
@@ -94,6 +97,10 @@ def test_a_workflows_output_is_found_under_main_too(
     [
         ("note.txt", NOTE.encode(), "text/plain"),
         ("table", TABLE.encode(), "application/json"),
+        ("words", b'"abc"', "application/json"),
+        ("number", b"42", "application/json"),
+        ("spaced", b' {"a":1}', "application/json"),
+        ("nan", b'{"a":NaN}', "text/plain"),
         ("bytes.bin", b"\xff\xfe", "application/octet-stream"),
     ],
 )
@@ -249,10 +256,11 @@ def test_a_run_that_owes_output_and_left_none_has_failed(
 
 
 @pytest.mark.parametrize("kind", ["agent", "pipeline", "workflow"])
+@pytest.mark.parametrize("output", ["# a heading", '{"status": NaN}'])
 def test_output_that_is_not_json_fails_a_run_that_owes_it(
-    unix: HttpClient, tmp_path: Path, kind: str
+    unix: HttpClient, tmp_path: Path, kind: str, output: str
 ) -> None:
-    run = run_of(unix, tmp_path, kind, "# a heading")
+    run = run_of(unix, tmp_path, kind, output)
     assert run["status"] == "failed"
     assert run["artifact_publication"]["status"] == "failed"
     (entry,) = run["artifact_publication"]["manifest"]
@@ -263,7 +271,7 @@ def test_output_that_is_not_json_fails_a_run_that_owes_it(
 
 
 @pytest.mark.parametrize("kind", ["agent", "pipeline", "workflow"])
-@pytest.mark.parametrize("output", ['{"result": 1}', "[1]", "7"])
+@pytest.mark.parametrize("output", ['{"result": 1}', "[1]", "7", "null"])
 def test_output_without_a_status_fails_a_run_that_owes_it_and_is_sent(
     unix: HttpClient, tmp_path: Path, kind: str, output: str
 ) -> None:
@@ -284,7 +292,12 @@ def test_a_workflow_of_several_steps_may_publish_what_it_likes(
     unix: HttpClient, tmp_path: Path
 ) -> None:
     for number, (output, media_type) in enumerate(
-        [("# text", "application/octet-stream"), ('{"a": 1}', "application/json")]
+        [
+            ("# text", "application/octet-stream"),
+            ('{"a": 1}', "application/json"),
+            ("null", "application/json"),
+            ('{"status": NaN}', "application/octet-stream"),
+        ]
     ):
         steps = (step("one", "true"), step("two", structured(output), "one"))
         run = unix.finish(workflow(tmp_path, *steps, output_step="two", name=f"w{number}"))
