@@ -280,7 +280,8 @@ class Journal(Actor):
     @handles(CountRunStates)
     def on_count_states(self, message: CountRunStates, delivery: Delivery) -> RunStateCounts:
         with _as_faults():
-            return RunStateCounts(counts=self.store.counts())
+            machines, stages = self.store.active_counts()
+            return RunStateCounts(counts=self.store.counts(), machines=machines, stages=stages)
 
     def _has_ended(self, run_id: str) -> bool:
         return self.store.run(run_id).status.terminal

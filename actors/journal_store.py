@@ -347,6 +347,15 @@ class JournalStore:
             ).fetchall()
         return {str(status): int(count) for status, count in rows}
 
+    def active_counts(self) -> tuple[int, int]:
+        """The machines that are up and the stages that run, of all runs."""
+        with self._explained():
+            machines, stages = self._db.execute(
+                "SELECT sum(json_extract(state, '$.active_microvm_count')),"
+                " sum(json_extract(state, '$.active_stage_count')) FROM runs WHERE active = 1"
+            ).fetchone()
+        return int(machines or 0), int(stages or 0)
+
     def stage_events(self, run_id: str) -> tuple[RunEvent, ...]:
         """All events of a run that tell of its stages, in order."""
         with self._explained():

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 
 from voidbus.actors.messages.actor import InspectSystem, SystemStatus
-from voidbus.actors.messages.runs import CountRunStates, ListRuns, RunList, RunStateCounts
+from voidbus.actors.messages.runs import CountRunStates, RunStateCounts
 from voidbus.gateway.feed import JOURNAL
 from voidbus.gateway.metrics import CONTENT_TYPE
 from voidbus.gateway.openapi import describe
@@ -16,16 +16,12 @@ from voidbus.gateway.router import Call
 
 async def metrics(call: Call) -> web.StreamResponse:
     bus = call.api.bus
-    counts, active, system = await asyncio.gather(
+    counts, system = await asyncio.gather(
         bus.ask(JOURNAL, CountRunStates()),
-        bus.ask(JOURNAL, ListRuns(state="active")),
         bus.ask("supervisor/system", InspectSystem()),
     )
-    runs = active.message.runs if isinstance(active.message, RunList) else ()
     body = call.api.metrics.show(
         runs=counts.message if isinstance(counts.message, RunStateCounts) else None,
-        machines=sum(run.active_microvm_count for run in runs),
-        stages=sum(run.active_stage_count for run in runs),
         system=system.message if isinstance(system.message, SystemStatus) else None,
         followers=call.api.feeds.followers,
     )

@@ -56,14 +56,12 @@ class Metrics:
         self,
         *,
         runs: RunStateCounts | None,
-        machines: int,
-        stages: int,
         system: SystemStatus | None,
         followers: int,
     ) -> bytes:
         """All of it; what could not be asked for is left out."""
         asked = CollectorRegistry()
-        asked.register(_Asked(runs, machines, stages, system, followers))
+        asked.register(_Asked(runs, system, followers))
         return generate_latest(self._registry) + generate_latest(asked)
 
 
@@ -71,14 +69,10 @@ class _Asked(Collector):
     def __init__(
         self,
         runs: RunStateCounts | None,
-        machines: int,
-        stages: int,
         system: SystemStatus | None,
         followers: int,
     ) -> None:
         self._runs = runs
-        self._machines = machines
-        self._stages = stages
         self._system = system
         self._followers = followers
 
@@ -96,8 +90,8 @@ class _Asked(Collector):
             for status, count in sorted(self._runs.counts.items()):
                 runs.add_metric((status,), count)
             yield runs
-            yield _gauge("voidbus_machines_active", "Machines that are up.", self._machines)
-            yield _gauge("voidbus_stages_active", "Stages that run.", self._stages)
+            yield _gauge("voidbus_machines_active", "Machines that are up.", self._runs.machines)
+            yield _gauge("voidbus_stages_active", "Stages that run.", self._runs.stages)
         if self._system is not None:
             yield from _of_system(self._system)
 

@@ -252,13 +252,16 @@ class RunsRead(Message, tag="runs.runs_read"):
 
 
 class CountRunStates(Message, tag="runs.count_states", right=Right.OBSERVE):
-    """How many runs are there of each status? Ask the journal."""
+    """How many runs are there of each status, and what do they have going? Ask the journal."""
 
 
 class RunStateCounts(Message, tag="runs.state_counts"):
-    """Runs by status; those of none are left out."""
+    """Runs by status; those of none are left out. And of all runs together, the machines that are
+    up and the stages that run."""
 
     counts: dict[str, int]
+    machines: int = 0
+    stages: int = 0
 
 
 class EventPublished(Message, tag="runs.event"):

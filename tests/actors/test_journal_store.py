@@ -155,6 +155,17 @@ def test_runs_are_listed_newest_first_and_counted(store: JournalStore) -> None:
     assert [run.id for run in store.runs(active=False, limit=10)[0]] == ["r0"]
 
 
+def test_machines_and_stages_of_any_number_of_runs_are_counted(store: JournalStore) -> None:
+    count = 1100
+    for number in range(count):
+        run = a_run(f"r{number}", events=1)
+        busy = run.state.model_copy(update={"active_microvm_count": 1, "active_stage_count": 2})
+        store.create(run.model_copy(update={"state": busy}), number)
+    assert store.active_counts() == (count, 2 * count)
+    store.append(a_batch("r0", first=1, outcome=SUCCEEDED))
+    assert store.active_counts() == (count - 1, 2 * (count - 1))
+
+
 def test_events_are_read_after_a_seq_and_by_stream(store: JournalStore) -> None:
     store.create(a_run(), 1)
     store.append(a_batch(first=2, count=4))
