@@ -21,6 +21,7 @@ from voidbus.actors.messages.journal import (
     AppendEvents,
     CreateRun,
     FindUnlisted,
+    ForgetIntents,
     LoadActive,
     PruneRuns,
     ReadStages,
@@ -186,7 +187,12 @@ class Journal(Actor):
     def on_take_intents(self, message: TakeIntents, delivery: Delivery) -> IntentList:
         with _as_faults():
             intents = self.store.take_intents(message.run_id, drain=message.drain)
-        return IntentList(run_id=message.run_id, intents=intents)
+        return IntentList(run_id=message.run_id, intents=intents[message.offset :])
+
+    @handles(ForgetIntents)
+    def on_forget_intents(self, message: ForgetIntents, delivery: Delivery) -> None:
+        with _as_faults():
+            self.store.forget_intents(message.run_id, message.intent_ids)
 
     @handles(ListRuns)
     def on_list(self, message: ListRuns, delivery: Delivery) -> RunList:

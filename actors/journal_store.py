@@ -150,6 +150,16 @@ class JournalStore:
                 self._db.execute("UPDATE runs SET intents = '[]' WHERE id = ?", (run_id,))
             return tuple(Intent.model_validate(item) for item in json.loads(row[0]))
 
+    def forget_intents(self, run_id: str, intent_ids: Iterable[str]) -> None:
+        """Take away these of the intents that a run has left; unknown ids are passed over."""
+        gone = set(intent_ids)
+        with self._transaction():
+            row = self._db.execute("SELECT intents FROM runs WHERE id = ?", (run_id,)).fetchone()
+            if row is None:
+                raise NoSuchRun(f"run '{run_id}' not found")
+            kept = [item for item in json.loads(row[0]) if item["intent_id"] not in gone]
+            self._db.execute("UPDATE runs SET intents = ? WHERE id = ?", (json.dumps(kept), run_id))
+
     def prune(self, before_ms: int | None, max_bytes: int | None, limit: int) -> Pruned:
         """Forget the runs that ended by `before_ms`, and the oldest until those that have ended
         take up no more than `max_bytes`; `limit` of them at most, for others wait meanwhile."""

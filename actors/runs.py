@@ -39,7 +39,12 @@ from voidbus.actors.messages.runs import (
     StartRun,
     run_node,
 )
-from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
+from voidbus.actors.messages.sidecar import (
+    AcknowledgeIntents,
+    PushMessage,
+    PutInbox,
+    ReadIntents,
+)
 from voidbus.actors.messages.telemetry import TrackRun
 from voidbus.actors.recovery import recover
 from voidbus.actors.run import RUN_PATH
@@ -394,7 +399,7 @@ class Runs(Supervisor):
         self.report_end(run.run_id, run.generation, ExitReason(ExitKind.NORMAL))
         self._check_stopped()
 
-    @handles(PutInbox, PushMessage, ReadIntents)
+    @handles(PutInbox, PushMessage, ReadIntents, AcknowledgeIntents)
     def on_sidecar_message(self, message: SidecarRequest, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
         self._door.pass_on(message, delivery, alive=run is not None and not run.ended)

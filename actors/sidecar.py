@@ -11,6 +11,7 @@ from typing import Any
 
 from voidbus.actors.messages.machine import SidecarEventNoted, SidecarReady
 from voidbus.actors.messages.sidecar import (
+    AcknowledgeIntents,
     InspectSidecar,
     IntentList,
     PushMessage,
@@ -98,12 +99,16 @@ class SidecarActor(Actor):
 
     @handles(ReadIntents)
     def on_read_intents(self, message: ReadIntents, delivery: Delivery) -> object:
-        intents = self._server.peek(_INTENTS_AT_ONCE)
+        intents = self._server.peek(message.offset + _INTENTS_AT_ONCE)[message.offset :]
         delivery.reply(IntentList(run_id=self._run_id, intents=tuple(intents)))
         if message.drain and intents:
             # Taken away only once they are on their way.
             self._server.acknowledge([intent.intent_id for intent in intents])
         return LATER
+
+    @handles(AcknowledgeIntents)
+    def on_acknowledge(self, message: AcknowledgeIntents, delivery: Delivery) -> None:
+        self._server.acknowledge(message.intent_ids)
 
     @handles(InspectSidecar)
     def on_inspect_sidecar(self, message: InspectSidecar, delivery: Delivery) -> SidecarState:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from voidbus.actors.messages.journal import TakeIntents
+from voidbus.actors.messages.journal import ForgetIntents, TakeIntents
 from voidbus.actors.messages.runs import run_node
-from voidbus.actors.messages.sidecar import PushMessage, PutInbox, ReadIntents
+from voidbus.actors.messages.sidecar import (
+    AcknowledgeIntents,
+    PushMessage,
+    PutInbox,
+    ReadIntents,
+)
 from voidbus.actors.run import SIDECAR_PATH
 from voidbus.actors.runtime.actor import Actor
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import Message
 
-SidecarRequest = PutInbox | PushMessage | ReadIntents
+SidecarRequest = PutInbox | PushMessage | ReadIntents | AcknowledgeIntents
 
 _ASK_TIMEOUT = 10.0
 
@@ -58,7 +63,14 @@ class SidecarDoor:
         if isinstance(message, ReadIntents):
             self._actor.ask(
                 self._journal,
-                TakeIntents(run_id=message.run_id, drain=message.drain),
+                TakeIntents(run_id=message.run_id, drain=message.drain, offset=message.offset),
+                delivery.reply,
+                timeout=_ASK_TIMEOUT,
+            )
+        elif isinstance(message, AcknowledgeIntents):
+            self._actor.ask(
+                self._journal,
+                ForgetIntents(run_id=message.run_id, intent_ids=message.intent_ids),
                 delivery.reply,
                 timeout=_ASK_TIMEOUT,
             )

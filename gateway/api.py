@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from weakref import WeakValueDictionary
+
 from voidbus.gateway.bus import Bus
 from voidbus.gateway.feed import Feeds
 from voidbus.gateway.metrics import Metrics
@@ -22,6 +25,11 @@ class Api:
         self.metrics = Metrics(release)
         self.release = release
         self.patience = patience
+        self._intents_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def intents_lock(self, run_id: str) -> asyncio.Lock:
+        """Held by the one client that is given a run's intents."""
+        return self._intents_locks.setdefault(run_id, asyncio.Lock())
 
     def close(self) -> None:
         """End what goes on by itself: followers."""

@@ -15,6 +15,7 @@ from voidbus.actors.messages.sessions import (
     SessionRead,
 )
 from voidbus.actors.messages.sidecar import (
+    AcknowledgeIntents,
     InboxEntry,
     InboxSnapshot,
     InspectSidecar,
@@ -27,6 +28,7 @@ from voidbus.actors.messages.sidecar import (
 )
 from voidbus.gateway.feed import JOURNAL
 from voidbus.gateway.problems import Code, Problem, problem_of
+from voidbus.gateway.protocol import deliver
 from voidbus.gateway.router import Call
 from voidbus.gateway.runs import RUNS, answer
 from voidbus.gateway.wire import Ok, SessionRequest
@@ -35,6 +37,8 @@ from voidbus.transport.message import Message
 
 _NO_SIDECAR = "no sidecar for run"
 _SIDECAR_SECONDS = 5.0
+# Of one answer; more wait for the next.
+_INTENTS_LIMIT = 4096
 _SESSION_ID_LIMIT = 200
 
 
@@ -59,19 +63,39 @@ async def _tell_sidecar(call: Call, message: Message) -> None:
 
 
 async def intents(call: Call) -> web.StreamResponse:
-    """All that wait, which are taken away; also those a run has left behind."""
+    """All that wait, also those a run has left behind. They are taken away once they are sent, so
+    that a client that has gone meanwhile loses nothing."""
     run_id = call.params["run_id"]
-    taken: list[Intent] = []
-    while True:
-        read = ReadIntents(run_id=run_id, drain=True)
-        page = await call.api.bus.get(RUNS, read, IntentList)
-        taken += page.intents
-        if not page.intents or len(taken) > 4096:
+    # One client after another: none gets what another has.
+    async with call.api.intents_lock(run_id):
+        waiting = await _waiting_intents(call, run_id)
+        if not waiting:
+            await _require_sidecar(call, run_id)
+        listed = IntentList(run_id=run_id, intents=tuple(waiting)).model_dump(mode="json")
+        response = web.json_response(listed["intents"])
+        if call.request.method == "HEAD" or not waiting:
+            return response
+        if await deliver(call.request, response):
+            ids = tuple(intent.intent_id for intent in waiting)
+            # Where this fails they are sent again, to whoever asks next.
+            await call.api.bus.ask(RUNS, AcknowledgeIntents(run_id=run_id, intent_ids=ids))
+        return response
+
+
+async def _waiting_intents(call: Call, run_id: str) -> list[Intent]:
+    """All that wait, as far as they can be had. Raises Problem where none can."""
+    waiting: dict[str, Intent] = {}
+    while len(waiting) <= _INTENTS_LIMIT:
+        read = ReadIntents(run_id=run_id, offset=len(waiting))
+        page = await call.api.bus.find(RUNS, read, IntentList)
+        if isinstance(page, Fault):
+            if waiting:
+                break
+            raise problem_of(page)
+        if not page.intents:
             break
-    if not taken:
-        await _require_sidecar(call, run_id)
-    listed = IntentList(run_id=run_id, intents=tuple(taken)).model_dump(mode="json")
-    return web.json_response(listed["intents"])
+        waiting |= {intent.intent_id: intent for intent in page.intents}
+    return list(waiting.values())
 
 
 async def _require_sidecar(call: Call, run_id: str) -> None:

@@ -96,6 +96,18 @@ def has_ended(request: web.BaseRequest) -> bool:
     return isinstance(protocol, HttpProtocol) and protocol.ended
 
 
+async def deliver(request: web.BaseRequest, response: web.Response) -> bool:
+    """Send an answer; whether its client was there to take it. One that goes while the answer is
+    under way to it is not noticed."""
+    transport = request.transport
+    if transport is None or _hung_up(transport):
+        raise ConnectionResetError
+    await response.prepare(request)
+    await response.write_eof()
+    # A TCP client that had closed, and not shut down its sending side only, has refused it.
+    return not transport.is_closing() and not _polled(transport) & select.POLLERR
+
+
 def with_length(data: bytes) -> bytes:
     """The first bytes of a connection, with the length of the body they have where none is said:
     void-box's daemon takes what came along with the head. All bodies are JSON objects, so that
@@ -109,9 +121,15 @@ def with_length(data: bytes) -> bytes:
 def _hung_up(transport: asyncio.BaseTransport | None) -> bool:
     """Whether the client has closed its socket, and not its sending side only. By TCP both look the
     same until something is sent."""
+    return bool(_polled(transport) & select.POLLHUP)
+
+
+def _polled(transport: asyncio.BaseTransport | None) -> int:
+    """What has happened to a connection's socket, as poll(2) says; that it hung up, where there is
+    none any more."""
     sock = None if transport is None else transport.get_extra_info("socket")
-    if sock is None:
-        return True
+    if sock is None or sock.fileno() < 0:
+        return select.POLLHUP
     poll = select.poll()
     poll.register(sock.fileno(), 0)
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+    return next((events for _, events in poll.poll(0)), 0)

@@ -115,10 +115,19 @@ class StageEvents(Message, tag="journal.stage_events"):
 
 
 class TakeIntents(Message, tag="journal.take_intents"):
-    """The intents left by a run that has ended; with `drain` they are taken away."""
+    """The intents left by a run that has ended, those after the first `offset`; with `drain` they
+    are taken away."""
 
     run_id: str
     drain: bool
+    offset: int = 0
+
+
+class ForgetIntents(Message, tag="journal.forget_intents"):
+    """Take away these of the intents left by a run that has ended."""
+
+    run_id: str
+    intent_ids: tuple[str, ...]
 
 
 class RunEnded(Message, tag="journal.run_ended"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from voidbus.sidecar.model import InboxEntry, InboxSnapshot, Intent
 from voidbus.transport.message import Message, Right
 
 __all__ = [
+    "AcknowledgeIntents",
     "InboxEntry",
     "InboxSnapshot",
     "InspectSidecar",
@@ -33,10 +36,22 @@ class PushMessage(Message, tag="sidecar.push_message", right=Right.OPERATE, chan
 
 
 class ReadIntents(Message, tag="sidecar.read_intents", right=Right.OPERATE, changes=True):
-    """The intents a run's agent sent. With `drain` they are taken away; works after its end too."""
+    """The intents a run's agent sent, those after the first `offset`. With `drain` they are taken
+    away; works after its end too."""
 
     run_id: str
     drain: bool = False
+    offset: int = Field(default=0, ge=0)
+
+
+class AcknowledgeIntents(
+    Message, tag="sidecar.acknowledge_intents", right=Right.OPERATE, changes=True
+):
+    """These intents have arrived where they are wanted: take them away. Answered by Done; works
+    after the run's end too."""
+
+    run_id: str
+    intent_ids: tuple[str, ...] = Field(max_length=5000)
 
 
 class IntentList(Message, tag="sidecar.intents"):
