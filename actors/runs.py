@@ -196,6 +196,7 @@ class Runs(Supervisor):
 
     def _not_adopted(self, run: RunRecord) -> None:
         log.error("run %s did not come back within the adoption deadline", run.run_id)
+        run.adoption = None
         run.child.stop(0.0)
 
     def _tell_exit(self, identity: ProcessIdentity, returncode: int | None) -> None:
@@ -390,6 +391,7 @@ class Runs(Supervisor):
             return
         if run.adoption is not None:
             run.adoption.cancel()
+            run.adoption = None
         run.child.gone()
         if run.child.stopped_by is not None:
             log.info("run %s was stopped: %s", run.run_id, run.child.stopped_by.outcome.value)
@@ -402,7 +404,12 @@ class Runs(Supervisor):
     @handles(PutInbox, PushMessage, ReadIntents, AcknowledgeIntents)
     def on_sidecar_message(self, message: SidecarRequest, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
-        self._door.pass_on(message, delivery, alive=run is not None and not run.ended)
+        self._door.pass_on(
+            message,
+            delivery,
+            alive=run is not None and not run.ended,
+            coming=lambda: run is not None and run.adoption is not None and not run.ended,
+        )
         return LATER
 
     @handles(ReadConsole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from voidbus.actors.messages.journal import ForgetIntents, TakeIntents
 from voidbus.actors.messages.runs import run_node
 from voidbus.actors.messages.sidecar import (
@@ -19,6 +21,8 @@ from voidbus.transport.message import Message
 SidecarRequest = PutInbox | PushMessage | ReadIntents | AcknowledgeIntents
 
 _ASK_TIMEOUT = 10.0
+# How often a run's process is looked for that is coming back.
+_COMING_SECONDS = 0.05
 
 # Faults that mean there is no sidecar, or none any more; others are the sidecar's own answer.
 _NOT_THERE = frozenset(
@@ -39,25 +43,42 @@ class SidecarDoor:
         self._actor = actor
         self._journal = journal
 
-    def pass_on(self, message: SidecarRequest, delivery: Delivery, *, alive: bool) -> None:
-        """Answer `delivery` with what the sidecar of the run says, or the journal for it."""
+    def pass_on(
+        self,
+        message: SidecarRequest,
+        delivery: Delivery,
+        *,
+        alive: bool,
+        coming: Callable[[], bool],
+    ) -> None:
+        """Answer `delivery` with what the sidecar of the run says, or the journal for it. While the
+        run's process is `coming` back to a supervisor that was started again, it is waited for."""
         if not alive:
             self._without_sidecar(message, delivery)
             return
 
         def answered(outcome: Message) -> None:
-            if isinstance(outcome, Fault) and outcome.reason in _NOT_THERE:
+            if (
+                isinstance(outcome, Fault)
+                and outcome.reason is FaultReason.NO_SUCH_NODE
+                and coming()
+            ):
+                self._actor.after(_COMING_SECONDS, ask)
+            elif isinstance(outcome, Fault) and outcome.reason in _NOT_THERE:
                 self._without_sidecar(message, delivery)
             else:
                 delivery.reply(outcome)
 
-        self._actor.ask(
-            f"{run_node(message.run_id)}/{SIDECAR_PATH}",
-            message,
-            answered,
-            timeout=_ASK_TIMEOUT,
-            key=delivery.key,
-        )
+        def ask() -> None:
+            self._actor.ask(
+                f"{run_node(message.run_id)}/{SIDECAR_PATH}",
+                message,
+                answered,
+                timeout=_ASK_TIMEOUT,
+                key=delivery.key,
+            )
+
+        ask()
 
     def _without_sidecar(self, message: SidecarRequest, delivery: Delivery) -> None:
         if isinstance(message, ReadIntents):

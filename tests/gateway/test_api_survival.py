@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,28 @@ def test_an_agent_can_be_reached_and_cancelled_after_a_restart(
     assert house.unix.run(run_id)["sidecar"]["status"] == "ok"
     ended = house.unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
     assert ended.json["state"] == "cancelled"
+
+
+def test_a_message_to_a_run_whose_process_is_on_its_way_back_is_not_refused(
+    house: ApiHouse, tmp_path: Path
+) -> None:
+    run_id = house.unix.start(agent(tmp_path, CLAUDIO_HANG="1"))
+    house.unix.wait_type(run_id, "stage.started")
+    with house.supervisor.connect() as client:
+        process = client.state(run_id).run_process
+    assert process is not None
+    entry = {"message_id": "m", "from_candidate_id": "c", "kind": "signal", "payload": {}}
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(process, signal.SIGSTOP)
+        try:
+            house.restart()
+            answer = pool.submit(house.unix.post, f"/v1/runs/{run_id}/messages", entry)
+            with pytest.raises(TimeoutError):
+                answer.result(0.5)
+        finally:
+            os.kill(process, signal.SIGCONT)
+        assert (answer.result(60).status, answer.result().json) == (200, {"ok": True})
+    house.unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
 
 
 def test_a_service_goes_on_publishing_while_the_supervisor_is_killed_and_started_again(
