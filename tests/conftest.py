@@ -184,6 +184,15 @@ def pytest_configure() -> None:
     settings.load_profile("busy")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what boots machines of its own, which takes minutes where they are slow."""
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hasattr(item.cls, "machine_type"):
+            continue
+        if "make" in item.fixturenames:
+            item.add_marker("own_boot")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = set(os.environ.get("VOIDBUS_REQUIRE", "").split(","))
     for marker in item.iter_markers("needs"):
