@@ -3,11 +3,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fuse_kit import open_descriptors
 
+from voidbus.vm.kvm import calls
+from voidbus.vm.kvm.calls import KvmError
 from voidbus.vm.machine import MachineSpec
 from voidbus.vm.qemu import devices
 from voidbus.vm.qemu.acceleration import Acceleration, find_acceleration
@@ -22,9 +25,10 @@ def probe(
     flags: str,
     version: int = 12,
     error: int | None = None,
+    speed: Callable[[Path], float | None] = lambda _: 0.002,
 ) -> Acceleration:
     """What is found on a host whose processor has these flags and whose KVM says this version, and
-    makes a machine unless there is an error."""
+    makes a machine unless there is an error; `speed` is of its guests."""
 
     def ioctl(_fd: int, request: int, _argument: int) -> int:
         if request == 0xAE00:
@@ -37,7 +41,7 @@ def probe(
     (folder / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     (folder / "kvm").touch()
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
-    return find_acceleration(folder / "kvm", folder / "cpuinfo")
+    return find_acceleration(folder / "kvm", folder / "cpuinfo", speed)
 
 
 @pytest.fixture
@@ -79,7 +83,28 @@ def test_a_device_that_is_not_kvm_means_emulation(tmp_path: Path, cpuinfo: Path)
 
 @pytest.mark.needs("kvm")
 def test_a_processor_that_can_and_a_device_that_answers_mean_kvm(cpuinfo: Path) -> None:
-    assert find_acceleration(cpuinfo=cpuinfo).name == "kvm"
+    assert find_acceleration(cpuinfo=cpuinfo, speed=lambda _: 0.002).name == "kvm"
+
+
+@pytest.mark.needs("kvm")
+def test_flags_whose_guests_are_slow_all_the_same_mean_emulation(cpuinfo: Path) -> None:
+    found = find_acceleration(cpuinfo=cpuinfo, speed=lambda _: None)
+    assert (found.name, found.remedy) == (
+        "tcg",
+        "use a host with hardware virtualisation of its own",
+    )
+    assert "3,000,000 turns of a loop took more than 0.5 s" in found.reason
+
+
+def test_a_speed_that_can_not_be_tried_means_emulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Path) -> float:
+        raise KvmError(calls.CREATE_VCPU, "", errno.ENOMEM)
+
+    found = probe(tmp_path, monkeypatch, flags="svm", speed=broken)
+    assert found.name == "tcg"
+    assert "could not be tried: KVM_CREATE_VCPU, to make a vCPU, failed" in found.reason
 
 
 @pytest.mark.parametrize("flag", ["vmx", "svm"])

@@ -1,15 +1,22 @@
 """Whether this host's processor can run guests, and so which accelerator QEMU gets.
 
 A `/dev/kvm` alone says little: without VT-x or SVM it is an emulator in the kernel, too slow for
-a stock kernel and lacking instructions it needs. So the processor is asked first.
+a stock kernel and lacking instructions it needs. So the processor is asked first. Nor do its flags
+say all: what this host runs on may emulate what they name. So guests' speed is tried.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from voidbus.vm.kvm.calls import KvmError
+from voidbus.vm.kvm.speed import SLOWEST, TURNS, loop_seconds
+from voidbus.vm.kvm.system import Kvm, KvmUnavailable
 
 KVM_DEVICE = Path("/dev/kvm")
 
@@ -31,8 +38,15 @@ class Acceleration:
     remedy: str | None = None
 
 
+def _loop_seconds(device: Path) -> float | None:
+    with contextlib.closing(Kvm(device)) as kvm:
+        return loop_seconds(kvm)
+
+
 def find_acceleration(
-    device: Path = KVM_DEVICE, cpuinfo: Path = Path("/proc/cpuinfo")
+    device: Path = KVM_DEVICE,
+    cpuinfo: Path = Path("/proc/cpuinfo"),
+    speed: Callable[[Path], float | None] = _loop_seconds,
 ) -> Acceleration:
     """What works here. Never raises: where it can't tell, emulation works everywhere."""
     flag = _virtualisation_flag(cpuinfo)
@@ -43,7 +57,7 @@ def find_acceleration(
             f"emulated: the processor offers neither VT-x nor SVM ({there})",
             "use a host with hardware virtualisation, or allow nested virtualisation on its host",
         )
-    trouble = _trouble(device, flag)
+    trouble = _trouble(device, flag) or _slowness(device, speed)
     if trouble is None:
         return Acceleration("kvm", f"accelerated by {device} ({flag})")
     return trouble
@@ -95,6 +109,21 @@ def _answers(device: Path, fd: int) -> Acceleration | None:
             "end what else uses the processor's virtualisation: another hypervisor",
         )
     return None
+
+
+def _slowness(device: Path, speed: Callable[[Path], float | None]) -> Acceleration | None:
+    """That guests are too slow on it, if they are."""
+    try:
+        seconds = speed(device)
+    except (KvmUnavailable, KvmError, OSError, RuntimeError) as error:
+        return _emulated(f"how fast guests are on {device} could not be tried: {error}")
+    if seconds is not None:
+        return None
+    return _emulated(
+        f"guests are slow on {device}: {TURNS:,} turns of a loop took more than {SLOWEST:g} s, so "
+        "what this host runs on may emulate its processor",
+        "use a host with hardware virtualisation of its own",
+    )
 
 
 def _emulated(problem: str, remedy: str | None = None) -> Acceleration:
