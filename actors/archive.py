@@ -112,7 +112,9 @@ class Archive(Actor):
                 part = ArtifactPart(artifact=artifact, offset=message.offset)
                 delivery.reply(part, [outcome])
             else:
-                delivery.fail(FaultReason.FAILED, f"the file is listed and not kept: {outcome}")
+                log.error("run %s: %s", message.run_id, outcome)  # with the path, which is ours
+                why = outcome.strerror if isinstance(outcome, OSError) else outcome
+                delivery.fail(FaultReason.FAILED, f"the file is listed and can't be read: {why}")
 
         try:
             self.work(

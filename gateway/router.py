@@ -66,7 +66,7 @@ class Call:
         """The body as JSON; bytes that are no UTF-8 are replaced. Raises Problem with `code`."""
         text = (await self.body()).decode(errors="replace")
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_no_number)
             if "\\u" in text:  # half a character may have been written so, which none can keep
                 json.dumps(value, ensure_ascii=False).encode()
             return value
@@ -82,6 +82,11 @@ class Call:
             return model.model_validate(value)
         except ValidationError as error:
             raise Problem(code, f"invalid JSON: {explain(error)}") from None
+
+
+def _no_number(constant: str) -> object:
+    """`NaN` and `Infinity`, which Python takes and JSON has not (RFC 8259, section 6)."""
+    raise ValueError(f"{constant} is no JSON")
 
 
 def explain(error: ValidationError) -> str:

@@ -58,6 +58,8 @@ def test_keys_of_a_start_that_nobody_knows_are_ignored(api: HttpClient, tmp_path
         b'{"file": "x", "policy": []}',
         b'{"file": "x", "snapshot": {}}',
         b"[" * 100_000,
+        b'{"file": "x", "extra": NaN}',
+        b'{"file": "x", "extra": -Infinity}',
         b'{"file": "x", "policy": {"max_stage_retries": -1}}',
         b'{"file": "x", "policy": {"max_stage_retries": 1.5}}',
         b'{"file": "x", "policy": {"max_stage_retries": "2"}}',
