@@ -19,7 +19,11 @@ def clean_environment(state: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("VOIDBUS_", "VOIDBOX_", "XDG_", "NO_COLOR", "COLUMNS", "LINES"))
     }
-    return own | {"VOIDBUS_STATE_DIR": str(state), "HOME": str(state.parent)}
+    return own | {
+        "VOIDBUS_STATE_DIR": str(state),
+        "VOIDBUS_API__LISTEN": "off",  # the place where clients look is the user's
+        "HOME": str(state.parent),
+    }
 
 
 class Served:
