@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 from supervisor_kit import Client, Supervisor, kill, running_supervisor
 from vm_kit import BOOT_PATIENCE, ends, leftovers, qemus_of, vm_agent, vm_workflow
 
@@ -14,9 +15,9 @@ from voidbus.actors.messages.sidecar import IntentList, PutInbox, ReadIntents, S
 from voidbus.cli.event_line import log_text
 from voidbus.sidecar.model import InboxEntry, InboxSnapshot
 
-pytestmark = [pytest.mark.needs("kvm-hardware", "image"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("kvm-hardware", "image"), pytest.mark.timeout(400 * SLOW)]
 
-ENDS_SECONDS = 60.0
+ENDS_SECONDS = 20.0 * SLOW
 
 
 @pytest.fixture(scope="module")

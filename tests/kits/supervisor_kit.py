@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
+from patience import SLOW
+
 from voidbus.actors.messages.runs import (
     CancelRun,
     EventPage,
@@ -37,7 +39,7 @@ from voidbus.transport.topics import Publication
 M = TypeVar("M", bound=Message)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-PATIENCE = 20.0
+PATIENCE = 20.0 * SLOW
 
 _SERVE = (
     "import os, sys; from voidbus.cli.serve import serve; "

@@ -7,9 +7,10 @@ import os
 import select
 from pathlib import Path
 
+from patience import SLOW
 from supervisor_kit import Supervisor, processes_of
 
-BOOT_PATIENCE = 120.0
+BOOT_PATIENCE = 120.0 * SLOW
 """Seconds for a run in an emulated guest on a busy machine."""
 
 
