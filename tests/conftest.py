@@ -133,7 +133,7 @@ def _has_codex() -> bool:
 
 
 def _has_kvm_hardware() -> bool:
-    from voidbus.vm.qemu.acceleration import find_acceleration
+    from voidbus.vm.acceleration import find_acceleration
 
     return find_acceleration().name == "kvm"
 

@@ -8,10 +8,10 @@ import threading
 import pytest
 from fuse_kit import open_descriptors
 
+from voidbus.vm.acceleration import Acceleration
 from voidbus.vm.kvm.speed import loop_seconds
 from voidbus.vm.kvm.support import kvm_support
 from voidbus.vm.kvm.system import Kvm, KvmUnavailable
-from voidbus.vm.qemu.acceleration import Acceleration
 
 HARDWARE = Acceleration("kvm", "accelerated by /dev/kvm (svm)")
 SOFTWARE = Acceleration("tcg", "emulated: the processor offers neither VT-x nor SVM", "elsewhere")

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from voidbus.vm.acceleration import Acceleration
 from voidbus.vm.kvm.machine import KvmMachine
 from voidbus.vm.machine import MachineError
 from voidbus.vm.process.machine import ProcessMachine
-from voidbus.vm.qemu.acceleration import Acceleration
 from voidbus.vm.qemu.machine import QemuMachine
 from voidbus.vm.qemu.support import qemu_support
 from voidbus.vm.select import select_machine

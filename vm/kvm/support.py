@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 
+from voidbus.vm.acceleration import Acceleration, find_acceleration
 from voidbus.vm.kvm.system import Kvm, KvmUnavailable
-from voidbus.vm.qemu.acceleration import Acceleration, find_acceleration
 from voidbus.vm.support import Support
 
 ARCHITECTURE = "x86_64"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from voidbus.vm.acceleration import find_acceleration
 from voidbus.vm.boot_arguments import first_arguments, mount_argument
 from voidbus.vm.boot_image import boot_image
 from voidbus.vm.devices.share_nodes import ShareLimits
@@ -23,7 +24,6 @@ from voidbus.vm.machine import Lease, MachineError, MachineSpec
 from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import NetworkError, UserNetwork
-from voidbus.vm.qemu.acceleration import find_acceleration
 from voidbus.vm.qemu.command import (
     LONGEST_LINE,
     MAX_DEVICES,

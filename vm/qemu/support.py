@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 
-from voidbus.vm.qemu.acceleration import Acceleration, find_acceleration
+from voidbus.vm.acceleration import Acceleration, find_acceleration
 from voidbus.vm.qemu.process import INSTALL, PROGRAM, find_program
 from voidbus.vm.support import Support
 

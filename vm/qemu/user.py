@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from voidbus.vm.qemu.acceleration import KVM_DEVICE
+from voidbus.vm.kvm.system import KVM_DEVICE
 
 FIRST_UID = 0x7000_0000
 """From here on nobody gives user ids away (systemd's UIDS-GIDS.md: beyond containers' ranges)."""

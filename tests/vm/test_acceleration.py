@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from fuse_kit import open_descriptors
 
+from voidbus.vm.acceleration import Acceleration, find_acceleration
 from voidbus.vm.kvm import calls
 from voidbus.vm.kvm.calls import KvmError
 from voidbus.vm.machine import MachineSpec
 from voidbus.vm.qemu import devices
-from voidbus.vm.qemu.acceleration import Acceleration, find_acceleration
 from voidbus.vm.qemu.command import Layout, command
 from voidbus.vm.qemu.support import qemu_support
 

@@ -14,17 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from voidbus.vm.kvm.calls import KvmError
+from voidbus.vm.kvm.calls import CREATE_VM, GET_API_VERSION, KvmError
 from voidbus.vm.kvm.speed import SLOWEST, TURNS, loop_seconds
-from voidbus.vm.kvm.system import Kvm, KvmUnavailable
-
-KVM_DEVICE = Path("/dev/kvm")
-
-# Linux Documentation/virt/kvm/api.rst, 4.1: _IO(0xAE, 0x00), stable since 2.6.22.
-_KVM_GET_API_VERSION = 0xAE00
-# 4.2: _IO(0xAE, 0x01), gives a descriptor.
-_KVM_CREATE_VM = 0xAE01
-_KVM_API_VERSION = 12
+from voidbus.vm.kvm.system import API_VERSION, KVM_DEVICE, Kvm, KvmUnavailable
 
 _FLAGS = ("vmx", "svm")
 
@@ -95,14 +87,14 @@ def _trouble(device: Path, flag: str) -> Acceleration | None:
 
 def _answers(device: Path, fd: int) -> Acceleration | None:
     try:
-        version = fcntl.ioctl(fd, _KVM_GET_API_VERSION, 0)
+        version = fcntl.ioctl(fd, GET_API_VERSION.number, 0)
     except OSError as error:
         return _emulated(f"{device} does not answer as KVM: {error.strerror}")
-    if version != _KVM_API_VERSION:
-        return _emulated(f"{device} speaks API version {version}, not {_KVM_API_VERSION}")
+    if version != API_VERSION:
+        return _emulated(f"{device} speaks API version {version}, not {API_VERSION}")
     try:
         # It may answer and not be had: another hypervisor has the processor, say.
-        os.close(fcntl.ioctl(fd, _KVM_CREATE_VM, 0))
+        os.close(fcntl.ioctl(fd, CREATE_VM.number, 0))
     except OSError as error:
         return _emulated(
             f"{device} makes no machine: {error.strerror}",
