@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
+from voidbus.actors.messages.file_content import no_number
 from voidbus.gateway.problems import Code, Problem
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Call:
         """The body as JSON; bytes that are no UTF-8 are replaced. Raises Problem with `code`."""
         text = (await self.body()).decode(errors="replace")
         try:
-            value = json.loads(text, parse_constant=_no_number)
+            value = json.loads(text, parse_constant=no_number)
             if "\\u" in text:  # half a character may have been written so, which none can keep
                 json.dumps(value, ensure_ascii=False).encode()
             return value
@@ -82,11 +83,6 @@ class Call:
             return model.model_validate(value)
         except ValidationError as error:
             raise Problem(code, f"invalid JSON: {explain(error)}") from None
-
-
-def _no_number(constant: str) -> object:
-    """`NaN` and `Infinity`, which Python takes and JSON has not (RFC 8259, section 6)."""
-    raise ValueError(f"{constant} is no JSON")
 
 
 def explain(error: ValidationError) -> str:

@@ -28,10 +28,11 @@ def read_json(content: bytes) -> object:
     `Infinity` in it, which Python takes and hardly anybody else.
     """
     try:
-        return json.loads(content.decode(), parse_constant=_refuse)
+        return json.loads(content.decode(), parse_constant=no_number)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
 
 
-def _refuse(constant: str) -> object:
+def no_number(constant: str) -> object:
+    """For `json.loads`: refuse `NaN` and `Infinity` (RFC 8259, section 6). Raises ValueError."""
     raise ValueError(f"{constant} is no JSON")
