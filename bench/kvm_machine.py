@@ -23,11 +23,18 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from kit.machines import CALL_SECONDS, START_SECONDS, execute, machines_work, make, new_spec
+from kit.machines import (
+    CALL_SECONDS,
+    START_SECONDS,
+    TimedStart,
+    execute,
+    machines_work,
+    make,
+    new_spec,
+)
 from kit.measure import Report, interleave, seconds, start_report
 
 from voidbus.vm.channel import GuestChannel
-from voidbus.vm.connect import Connected
 from voidbus.vm.devices.vhost_vsock import VHOST_VSOCK
 from voidbus.vm.kvm.machine import KvmMachine
 from voidbus.vm.kvm.support import kvm_support
@@ -39,19 +46,8 @@ _MEGABYTE = 1_000_000
 _STEPS = ("set-up", "kernel", "agent", "handshake", "configure", "first exec")
 
 
-class TimedKvm(KvmMachine):
-    """Notes when its steps are done (time.monotonic)."""
-
-    shaken = configured = 0.0
-
-    def _dial(self, timeout: float) -> Connected:
-        connected = super()._dial(timeout)
-        self.shaken = self.shaken or time.monotonic()
-        return connected
-
-    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
-        super()._ready(channel, deadline, first=first)
-        self.configured = time.monotonic()
+class TimedKvm(TimedStart, KvmMachine):
+    pass
 
 
 class Starts:

@@ -14,35 +14,32 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from kit.machines import START_SECONDS, PlainQemu, execute, machines_work, make, new_spec
+from kit.machines import (
+    START_SECONDS,
+    PlainQemu,
+    TimedStart,
+    execute,
+    machines_work,
+    make,
+    new_spec,
+)
 from kit.measure import interleave, start_report
 
-from voidbus.vm.channel import GuestChannel
-from voidbus.vm.connect import Connected
-from voidbus.vm.qemu.acceleration import find_acceleration
+from voidbus.vm.acceleration import find_acceleration
 from voidbus.vm.qemu.devices import Devices
 from voidbus.vm.qemu.host_clock import counter_khz
 from voidbus.vm.qemu.machine import QemuMachine
 
 
-class TimedMachine(QemuMachine):
-    """Notes when its steps are done (time.monotonic)."""
+class TimedMachine(TimedStart, QemuMachine):
+    """Also when it was prepared and spawned."""
 
-    prepared = spawned = shaken = configured = 0.0
+    prepared = spawned = 0.0
 
     def _spawn(self, program: str, devices: Devices, deadline: float) -> None:
         self.prepared = time.monotonic()
         super()._spawn(program, devices, deadline)
         self.spawned = time.monotonic()
-
-    def _dial(self, timeout: float) -> Connected:
-        connected = super()._dial(timeout)
-        self.shaken = self.shaken or time.monotonic()
-        return connected
-
-    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
-        super()._ready(channel, deadline, first=first)
-        self.configured = time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from pathlib import Path
 from kit.measure import Report
 
 from voidbus.vm.channel import ExecCall, ExecResult, GuestChannel
+from voidbus.vm.connect import Connected
 from voidbus.vm.faults import ChannelFault
 from voidbus.vm.guest.frames import FrameDecoder, MessageType, encode_frame
 from voidbus.vm.guest.handshake import EVERYTHING, encode_ping
 from voidbus.vm.image.store import ImageError, default_store
-from voidbus.vm.image_machine import AGENT_PORT
+from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
 from voidbus.vm.machine import Machine, MachineSpec
 from voidbus.vm.qemu.command import command
 from voidbus.vm.qemu.devices import Devices
@@ -60,6 +61,21 @@ def new_spec(name: str) -> Iterator[MachineSpec]:
 
 def make(kind: type[Machine], spec: MachineSpec) -> Machine:
     return kind(spec, on_exit=lambda _: None, on_lease=lambda _: None)
+
+
+class TimedStart(ImageMachine):
+    """Notes when steps of a start are done (time.monotonic). For machines of each kind."""
+
+    shaken = configured = 0.0
+
+    def _dial(self, timeout: float) -> Connected:
+        connected = super()._dial(timeout)
+        self.shaken = self.shaken or time.monotonic()
+        return connected
+
+    def _ready(self, channel: GuestChannel, deadline: float, *, first: bool) -> None:
+        super()._ready(channel, deadline, first=first)
+        self.configured = time.monotonic()
 
 
 @contextlib.contextmanager
