@@ -10,7 +10,6 @@ import select
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,6 @@ from voidbus.cli.event_line import log_text
 from voidbus.sidecar.model import InboxEntry, InboxSnapshot
 
 pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def supervisor() -> Iterator[Supervisor]:
-    with running_supervisor() as running:
-        yield running
-
-
-@pytest.fixture
-def client(supervisor: Supervisor) -> Iterator[Client]:
-    with supervisor.connect() as connected:
-        yield connected
 
 
 def open_files(supervisor: Supervisor) -> Counter[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,6 @@ from voidbus.sidecar.model import InboxEntry, InboxSnapshot
 pytestmark = [pytest.mark.needs("kvm-hardware", "image"), pytest.mark.timeout(400 * SLOW)]
 
 ENDS_SECONDS = 20.0 * SLOW
-
-
-@pytest.fixture(scope="module")
-def supervisor() -> Iterator[Supervisor]:
-    with running_supervisor() as running:
-        yield running
-
-
-@pytest.fixture
-def client(supervisor: Supervisor) -> Iterator[Client]:
-    with supervisor.connect() as connected:
-        yield connected
 
 
 def up(client: Client, folder: Path, script: str = "echo up; sleep 600") -> tuple[str, int]:
