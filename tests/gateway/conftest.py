@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,12 @@ def unix(house: ApiHouse) -> HttpClient:
 @pytest.fixture
 def tcp(house: ApiHouse) -> HttpClient:
     return house.tcp
+
+
+@pytest.fixture
+def door(house: ApiHouse) -> HttpClient:
+    """The door of a test that needs no certain one: the Unix socket, or TCP by VOIDBUS_DOOR=tcp."""
+    return house.tcp if os.environ.get("VOIDBUS_DOOR") == "tcp" else house.unix
 
 
 @pytest.fixture(params=["unix", "tcp"])

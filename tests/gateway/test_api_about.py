@@ -49,17 +49,17 @@ def test_metrics_are_what_prometheus_reads(api: HttpClient) -> None:
 
 
 def test_metrics_count_runs_machines_and_followers_as_they_are(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    before = figures(unix)
-    run_id = unix.start(workflow(tmp_path, step("a", "echo up; sleep 600")))
-    with unix.stream(run_id) as stream:
+    before = figures(door)
+    run_id = door.start(workflow(tmp_path, step("a", "echo up; sleep 600")))
+    with door.stream(run_id) as stream:
         for frame in stream:
             if frame.event["event_type"] == "log.chunk":
                 break
-        during = figures(unix)
-    unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
-    after = figures(unix)
+        during = figures(door)
+    door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
+    after = figures(door)
 
     def rise(name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
@@ -75,14 +75,14 @@ def test_metrics_count_runs_machines_and_followers_as_they_are(
 
 
 def test_requests_are_counted_by_route_and_not_by_what_clients_make_up(
-    unix: HttpClient,
+    door: HttpClient,
 ) -> None:
     for number in range(20):
-        unix.get(f"/v1/runs/made-up-{number}")
-        unix.get(f"/made-up-{number}")
+        door.get(f"/v1/runs/made-up-{number}")
+        door.get(f"/made-up-{number}")
     routes = {
         dict(labels)["route"]
-        for name, labels in figures(unix)
+        for name, labels in figures(door)
         if name == "voidbus_http_requests_total"
     }
     assert routes <= {route.path for route in ROUTES} | {"none"}

@@ -35,9 +35,9 @@ def stage_events(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_an_agents_stage_and_box_are_named_as_the_specification(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run = unix.finish(agent(tmp_path))
+    run = door.finish(agent(tmp_path))
     assert stage_events(run) == [("queued", "scout"), ("started", "scout"), ("completed", "scout")]
     of_stage = [e for e in run["events"] if e["event_type"].startswith("stage.")]
     assert {(e["box_name"], e["group_id"]) for e in of_stage} == {("scout", "g0")}
@@ -51,58 +51,58 @@ def test_an_agents_stage_and_box_are_named_as_the_specification(
 
 @pytest.mark.parametrize("output_file", [None, "/workspace/deep/answer.json"])
 def test_an_agent_is_told_where_to_write_and_that_file_is_its_output(
-    unix: HttpClient, tmp_path: Path, output_file: str | None
+    door: HttpClient, tmp_path: Path, output_file: str | None
 ) -> None:
     section: dict[str, Any] = {"prompt": "do it"}
     if output_file is not None:
         section["output_file"] = output_file
     spec = write_spec(tmp_path, "agent", llm={"provider": "claude"}, agent=section)
-    run = unix.finish(spec)
+    run = door.finish(spec)
     assert run["status"] == "succeeded"
     (entry,) = run["artifact_publication"]["manifest"]
-    assert unix.get(entry["retrieval_path"]).json["status"] == "success"
+    assert door.get(entry["retrieval_path"]).json["status"] == "success"
 
 
-def test_an_agents_input_is_in_its_prompt_and_in_a_file(unix: HttpClient, tmp_path: Path) -> None:
+def test_an_agents_input_is_in_its_prompt_and_in_a_file(door: HttpClient, tmp_path: Path) -> None:
     # claudio counts its prompt's tokens, four characters each.
     spec = agent(tmp_path, messaging=False)
-    without = unix.finish(spec)["report"]["input_tokens"]
-    small = unix.finish(spec, input="x" * 400)["report"]["input_tokens"]
-    large = unix.finish(spec, input="x" * 40_000)["report"]["input_tokens"]
-    huge = unix.finish(spec, input="x" * 80_000)["report"]["input_tokens"]
+    without = door.finish(spec)["report"]["input_tokens"]
+    small = door.finish(spec, input="x" * 400)["report"]["input_tokens"]
+    large = door.finish(spec, input="x" * 40_000)["report"]["input_tokens"]
+    huge = door.finish(spec, input="x" * 80_000)["report"]["input_tokens"]
     assert without < small < large == huge
 
 
 def test_an_agent_that_reports_an_error_fails_its_stage_and_the_run(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run = unix.finish(agent(tmp_path, messaging=False, CLAUDIO_FAIL="it broke"))
+    run = door.finish(agent(tmp_path, messaging=False, CLAUDIO_FAIL="it broke"))
     assert (run["status"], run["error"]) == ("failed", "it broke")
     failed = next(e for e in run["events"] if e["event_type"] == "stage.failed")
     assert failed["payload"]["exit_code"] == 1
     assert run["stage_states"]["scout"]["status"] == "failed"
 
 
-def test_an_agents_exit_code_alone_is_no_error(unix: HttpClient, tmp_path: Path) -> None:
-    run = unix.finish(agent(tmp_path, messaging=False, CLAUDIO_EXIT_CODE="3"))
+def test_an_agents_exit_code_alone_is_no_error(door: HttpClient, tmp_path: Path) -> None:
+    run = door.finish(agent(tmp_path, messaging=False, CLAUDIO_EXIT_CODE="3"))
     assert run["status"] == "succeeded"
 
 
-def test_an_agents_stream_may_have_lines_that_are_no_json(unix: HttpClient, tmp_path: Path) -> None:
-    assert unix.finish(agent(tmp_path, CLAUDIO_GARBAGE="1"))["status"] == "succeeded"
+def test_an_agents_stream_may_have_lines_that_are_no_json(door: HttpClient, tmp_path: Path) -> None:
+    assert door.finish(agent(tmp_path, CLAUDIO_GARBAGE="1"))["status"] == "succeeded"
 
 
 def test_an_agent_is_tried_again_and_what_all_attempts_cost_is_added(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     spec = agent(tmp_path, messaging=False, CLAUDIO_FAIL="no")
-    once = unix.finish(spec, policy={"max_stage_retries": 0})
-    twice = unix.finish(spec, policy={"max_stage_retries": 1})
+    once = door.finish(spec, policy={"max_stage_retries": 0})
+    twice = door.finish(spec, policy={"max_stage_retries": 1})
     assert [kind for kind, _ in stage_events(twice)].count("failed") == 2
     assert twice["report"]["input_tokens"] == 2 * once["report"]["input_tokens"]
 
 
-def test_a_service_is_not_tried_again(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_service_is_not_tried_again(door: HttpClient, tmp_path: Path) -> None:
     spec = write_spec(
         tmp_path,
         "agent",
@@ -110,29 +110,29 @@ def test_a_service_is_not_tried_again(unix: HttpClient, tmp_path: Path) -> None:
         llm={"provider": "claude"},
         agent={"prompt": "do it", "mode": "service", "output_file": "/workspace/out.json"},
     )
-    once = unix.finish(spec, policy={"max_stage_retries": 0})
-    run = unix.finish(spec, policy={"max_stage_retries": 3})
+    once = door.finish(spec, policy={"max_stage_retries": 0})
+    run = door.finish(spec, policy={"max_stage_retries": 3})
     assert (run["status"], run["terminal_reason"]) == ("failed", "service exited with error")
     assert run["report"]["input_tokens"] == once["report"]["input_tokens"] > 0
 
 
-def test_interactive_is_an_ordinary_task(unix: HttpClient, tmp_path: Path) -> None:
+def test_interactive_is_an_ordinary_task(door: HttpClient, tmp_path: Path) -> None:
     spec = write_spec(
         tmp_path,
         "agent",
         llm={"provider": "claude"},
         agent={"prompt": "do it", "mode": "interactive"},
     )
-    assert unix.finish(spec)["status"] == "succeeded"
+    assert door.finish(spec)["status"] == "succeeded"
 
 
 # -- a pipeline ----------------------------------------------------------------------------------
 
 
 def test_boxes_run_one_after_another_each_on_a_machine_of_its_own(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run = unix.finish(pipeline(tmp_path, box("p"), box("q")))
+    run = door.finish(pipeline(tmp_path, box("p"), box("q")))
     assert stage_events(run) == [
         ("queued", "p"),
         ("queued", "q"),
@@ -149,10 +149,10 @@ def test_boxes_run_one_after_another_each_on_a_machine_of_its_own(
     assert run["report"]["output"] == "Finished 1 turns."
 
 
-def test_a_box_is_given_what_the_one_before_left(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_box_is_given_what_the_one_before_left(door: HttpClient, tmp_path: Path) -> None:
     def spent(output: str) -> int:
         # What q is given is in its prompt, which it counts once for each of its three lines.
-        run = unix.finish(pipeline(tmp_path, box("p", CLAUDIO_OUTPUT=output), box("q")))
+        run = door.finish(pipeline(tmp_path, box("p", CLAUDIO_OUTPUT=output), box("q")))
         return int(run["report"]["input_tokens"])
 
     short, long = ({"status": "ok", "pad": "x" * size} for size in (0, 2000))
@@ -166,7 +166,7 @@ FAN_OUT: list[dict[str, Any]] = [
 
 
 def test_a_fan_out_runs_its_boxes_at_once_and_the_next_gets_both(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     stages = [*FAN_OUT, {"type": "box", "name": "z"}]
     spec = pipeline(
@@ -177,7 +177,7 @@ def test_a_fan_out_runs_its_boxes_at_once_and_the_next_gets_both(
         box("z"),
         stages=stages,
     )
-    run = unix.finish(spec)
+    run = door.finish(spec)
     assert run["status"] == "succeeded"
     order = [each for each in stage_events(run) if each[0] in ("started", "completed")]
     assert {order[2], order[3]} == {("started", "q"), ("started", "r")}
@@ -193,7 +193,7 @@ def test_a_fan_out_runs_its_boxes_at_once_and_the_next_gets_both(
 
 
 def test_the_output_of_a_fan_out_at_the_end_is_of_the_box_declared_last(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     # The one declared first is the slower.
     spec = pipeline(
@@ -203,14 +203,14 @@ def test_the_output_of_a_fan_out_at_the_end_is_of_the_box_declared_last(
         box("r"),
         stages=FAN_OUT,
     )
-    assert unix.finish(spec)["report"]["output"] == "Finished 1 turns."
+    assert door.finish(spec)["report"]["output"] == "Finished 1 turns."
 
 
 def test_a_box_that_fails_ends_the_pipeline_and_skips_what_had_not_begun(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     spec = pipeline(tmp_path, box("p"), box("q", CLAUDIO_FAIL="broken"), box("r"), box("s"))
-    run = unix.finish(spec)
+    run = door.finish(spec)
     assert run["status"] == "failed"
     assert "broken" in run["error"]
     states = {name: stage["status"] for name, stage in run["stage_states"].items()}
@@ -218,7 +218,7 @@ def test_a_box_that_fails_ends_the_pipeline_and_skips_what_had_not_begun(
     assert (run["active_stage_count"], run["active_microvm_count"]) == (0, 0)
 
 
-def test_boxes_hand_files_on_by_name(unix: HttpClient, tmp_path: Path) -> None:
+def test_boxes_hand_files_on_by_name(door: HttpClient, tmp_path: Path) -> None:
     maker = {
         "name": "maker",
         **scripted(f"echo the plan > output/plan; echo notes > aside/notes; {LEAVE_OUTPUT}"),
@@ -229,23 +229,23 @@ def test_boxes_hand_files_on_by_name(unix: HttpClient, tmp_path: Path) -> None:
         **scripted(f"cat input/plan given/notes; {LEAVE_OUTPUT}"),
         "inputs": [{"from": "plans"}, {"from": "notes", "guest": "/workspace/given"}],
     }
-    run = unix.finish(pipeline(tmp_path, maker, reader))
+    run = door.finish(pipeline(tmp_path, maker, reader))
     assert (run["status"], run["error"]) == ("succeeded", None)
     assert run["report"]["output"] == "the plan\nnotes"
 
 
 def test_an_input_that_is_nobodys_output_fails_the_pipeline(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     stranger = {**box("reader"), "inputs": [{"from": "nobody"}]}
-    broken = unix.finish(pipeline(tmp_path, box("maker"), stranger))
+    broken = door.finish(pipeline(tmp_path, box("maker"), stranger))
     assert broken["status"] == "failed"
     assert "nobody" in broken["error"]
 
 
-def test_a_box_has_its_own_time(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_box_has_its_own_time(door: HttpClient, tmp_path: Path) -> None:
     slow = {**box("p", CLAUDIO_DELAY_MS="600000"), "timeout_secs": 1}
-    run = unix.finish(pipeline(tmp_path, slow))
+    run = door.finish(pipeline(tmp_path, slow))
     assert run["status"] == "failed"
     assert "after 1s" in run["error"]
 
@@ -339,12 +339,12 @@ def test_an_orchestrator_of_void_box_drives_a_run(api: HttpClient, tmp_path: Pat
 
 
 def test_an_orchestrator_of_void_box_collects_a_workflows_output(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    control = VoidControl(unix)
+    control = VoidControl(door)
     script = structured({"status": "ok", "metrics": {"score": 7}})
     handle = control.start(workflow(tmp_path, step("a", script), output_step="a"), "x")
-    unix.wait_type(handle.removeprefix("vb:"), *TERMINAL)
+    door.wait_type(handle.removeprefix("vb:"), *TERMINAL)
     assert control.collect(handle) == {"status": "ok", "metrics": {"score": 7}}
 
 
@@ -359,11 +359,11 @@ def test_an_orchestrator_of_void_box_cancels_a_run(api: HttpClient, tmp_path: Pa
 
 
 def test_an_orchestrator_of_void_box_is_told_of_output_that_is_none(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    control = VoidControl(unix)
+    control = VoidControl(door)
     handle = control.start(agent(tmp_path, CLAUDIO_OUTPUT="no json"), "x")
-    unix.wait_type(handle.removeprefix("vb:"), *TERMINAL)
+    door.wait_type(handle.removeprefix("vb:"), *TERMINAL)
     assert control.inspect(handle) == "failed"
     with pytest.raises(NotUnderstood):
         control.collect(handle)

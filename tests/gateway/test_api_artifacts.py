@@ -128,21 +128,21 @@ def test_what_is_not_there_is_told_apart_from_a_run_that_is_not_there(
 
 @pytest.mark.parametrize("name", ["..", "a..b", "..%2Fx", "a%2Fb", "a%5Cb", "%00", "%20"])
 def test_a_name_that_could_be_a_path_is_refused(
-    unix: HttpClient, published: dict[str, Any], name: str
+    door: HttpClient, published: dict[str, Any], name: str
 ) -> None:
-    answer = unix.get(f"/v1/runs/{published['id']}/stages/make/artifacts/{name}")
+    answer = door.get(f"/v1/runs/{published['id']}/stages/make/artifacts/{name}")
     assert answer.problem == (400, "INVALID_PARAMS", False)
 
 
 def test_stage_and_artifact_are_split_at_the_last_artifacts(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     name = "a/artifacts/b"
     result = {"status": "ok", "artifacts": [{"name": "n"}]}
     spec = workflow(tmp_path, step(name, structured(result, ("n", "found"))), output_step=name)
-    run_id = unix.finish(spec)["id"]
-    assert unix.get(f"/v1/runs/{run_id}/stages/{name}/artifacts/n").body == b"found"
-    assert unix.get(f"/v1/runs/{run_id}/stages/{name}/output-file").json == result
+    run_id = door.finish(spec)["id"]
+    assert door.get(f"/v1/runs/{run_id}/stages/{name}/artifacts/n").body == b"found"
+    assert door.get(f"/v1/runs/{run_id}/stages/{name}/output-file").json == result
 
 
 # -- parts and copies ----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_copy_that_is_still_good_is_not_sent_again(
     ],
 )
 def test_a_part_of_an_artifact_is_sent_where_that_is_asked_for(
-    unix: HttpClient,
+    door: HttpClient,
     published: dict[str, Any],
     asked: str,
     status: int,
@@ -188,40 +188,40 @@ def test_a_part_of_an_artifact_is_sent_where_that_is_asked_for(
     content_range: str | None,
 ) -> None:
     path = f"/v1/runs/{published['id']}/stages/make/artifacts/note.txt"
-    answer = unix.get(path, Range=asked)
+    answer = door.get(path, Range=asked)
     assert (answer.status, answer.body) == (status, content)
     assert answer.headers.get("content-range") == content_range
     assert int(answer.headers["content-length"]) == len(content)
 
 
 def test_a_part_is_of_the_copy_the_client_has_or_the_whole(
-    unix: HttpClient, published: dict[str, Any]
+    door: HttpClient, published: dict[str, Any]
 ) -> None:
     path = f"/v1/runs/{published['id']}/stages/make/artifacts/note.txt"
-    tag = unix.get(path).headers["etag"]
-    assert unix.get(path, Range="bytes=0-2", If_Range=tag).status == 206
-    assert unix.get(path, Range="bytes=0-2", If_Range='"other"').body == NOTE.encode()
-    head = unix.ask("HEAD", path, None, {"Range": "bytes=0-2"})
+    tag = door.get(path).headers["etag"]
+    assert door.get(path, Range="bytes=0-2", If_Range=tag).status == 206
+    assert door.get(path, Range="bytes=0-2", If_Range='"other"').body == NOTE.encode()
+    head = door.ask("HEAD", path, None, {"Range": "bytes=0-2"})
     assert (head.status, head.headers["content-length"]) == (200, "8")
     assert head.headers["accept-ranges"] == "bytes"
 
 
-def test_a_large_artifact_is_sent_whole_and_in_parts(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_large_artifact_is_sent_whole_and_in_parts(door: HttpClient, tmp_path: Path) -> None:
     result = {"status": "ok", "artifacts": [{"name": "big"}]}
     script = structured(result) + "\nseq 1 700000 > big"
-    run_id = unix.finish(workflow(tmp_path, step("a", script), output_step="a"))["id"]
+    run_id = door.finish(workflow(tmp_path, step("a", script), output_step="a"))["id"]
     content = b"".join(b"%d\n" % number for number in range(1, 700001))
     path = f"/v1/runs/{run_id}/stages/a/artifacts/big"
-    assert unix.get(path).body == content
-    far = unix.get(path, Range="bytes=2000000-4000000")
+    assert door.get(path).body == content
+    far = door.get(path, Range="bytes=2000000-4000000")
     assert (far.status, far.body) == (206, content[2000000:4000001])
 
 
-def test_an_empty_artifact_is_empty(unix: HttpClient, tmp_path: Path) -> None:
+def test_an_empty_artifact_is_empty(door: HttpClient, tmp_path: Path) -> None:
     result = {"status": "ok", "artifacts": [{"name": "none"}]}
     script = structured(result) + "\n: > none"
-    run = unix.finish(workflow(tmp_path, step("a", script), output_step="a"))
-    answer = unix.get(f"/v1/runs/{run['id']}/stages/a/artifacts/none")
+    run = door.finish(workflow(tmp_path, step("a", script), output_step="a"))
+    answer = door.get(f"/v1/runs/{run['id']}/stages/a/artifacts/none")
     assert (answer.status, answer.body) == (200, b"")
     assert run["artifact_publication"]["manifest"][1]["size_bytes"] == 0
 
@@ -242,30 +242,30 @@ def run_of(unix: HttpClient, folder: Path, kind: str, output: str | None) -> dic
 
 @pytest.mark.parametrize("kind", ["agent", "pipeline", "workflow"])
 def test_a_run_that_owes_output_and_left_none_has_failed(
-    unix: HttpClient, tmp_path: Path, kind: str
+    door: HttpClient, tmp_path: Path, kind: str
 ) -> None:
-    run = run_of(unix, tmp_path, kind, None)
+    run = run_of(door, tmp_path, kind, None)
     assert run["status"] == "failed"
     assert run["error"] == "stage 'it' completed without result.json"
     assert run["artifact_publication"] == {"status": "failed", "manifest": []}
     last = next(e for e in run["events"] if e["event_id"] == run["terminal_event_id"])
     assert last["event_type"] == "run.failed"
     assert run["stage_states"]["it"]["status"] == "succeeded"
-    answer = unix.get(f"/v1/runs/{run['id']}/stages/it/output-file")
+    answer = door.get(f"/v1/runs/{run['id']}/stages/it/output-file")
     assert answer.problem == (404, "STRUCTURED_OUTPUT_MISSING", False)
 
 
 @pytest.mark.parametrize("kind", ["agent", "pipeline", "workflow"])
 @pytest.mark.parametrize("output", ["# a heading", '{"status": NaN}'])
 def test_output_that_is_not_json_fails_a_run_that_owes_it(
-    unix: HttpClient, tmp_path: Path, kind: str, output: str
+    door: HttpClient, tmp_path: Path, kind: str, output: str
 ) -> None:
-    run = run_of(unix, tmp_path, kind, output)
+    run = run_of(door, tmp_path, kind, output)
     assert run["status"] == "failed"
     assert run["artifact_publication"]["status"] == "failed"
     (entry,) = run["artifact_publication"]["manifest"]
     assert (entry["name"], entry["media_type"]) == ("result.json", "application/octet-stream")
-    answer = unix.get(entry["retrieval_path"])
+    answer = door.get(entry["retrieval_path"])
     assert answer.problem[1:] == ("STRUCTURED_OUTPUT_MALFORMED", False)
     assert answer.status >= 400
 
@@ -273,23 +273,23 @@ def test_output_that_is_not_json_fails_a_run_that_owes_it(
 @pytest.mark.parametrize("kind", ["agent", "pipeline", "workflow"])
 @pytest.mark.parametrize("output", ['{"result": 1}', "[1]", "7", "null"])
 def test_output_without_a_status_fails_a_run_that_owes_it_and_is_sent(
-    unix: HttpClient, tmp_path: Path, kind: str, output: str
+    door: HttpClient, tmp_path: Path, kind: str, output: str
 ) -> None:
-    run = run_of(unix, tmp_path, kind, output)
+    run = run_of(door, tmp_path, kind, output)
     assert run["status"] == "failed"
     (entry,) = run["artifact_publication"]["manifest"]
     assert entry["media_type"] == "application/json"
-    answer = unix.get(entry["retrieval_path"])
+    answer = door.get(entry["retrieval_path"])
     assert (answer.status, answer.json) == (200, json.loads(output))
 
 
-def test_any_value_of_status_will_do(unix: HttpClient, tmp_path: Path) -> None:
-    run = run_of(unix, tmp_path, "workflow", '{"status": null}')
+def test_any_value_of_status_will_do(door: HttpClient, tmp_path: Path) -> None:
+    run = run_of(door, tmp_path, "workflow", '{"status": null}')
     assert run["status"] == "succeeded"
 
 
 def test_a_workflow_of_several_steps_may_publish_what_it_likes(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     for number, (output, media_type) in enumerate(
         [
@@ -300,51 +300,51 @@ def test_a_workflow_of_several_steps_may_publish_what_it_likes(
         ]
     ):
         steps = (step("one", "true"), step("two", structured(output), "one"))
-        run = unix.finish(workflow(tmp_path, *steps, output_step="two", name=f"w{number}"))
+        run = door.finish(workflow(tmp_path, *steps, output_step="two", name=f"w{number}"))
         assert run["status"] == "succeeded"
         assert run["artifact_publication"] == {"status": "not_started", "manifest": []}
-        answer = unix.get(f"/v1/runs/{run['id']}/stages/two/output-file")
+        answer = door.get(f"/v1/runs/{run['id']}/stages/two/output-file")
         assert (answer.status, answer.headers["content-type"]) == (200, media_type)
         assert answer.body == output.encode() + b"\n"
 
 
 def test_a_workflow_that_names_no_output_step_owes_nothing_and_its_output_is_sent(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run = unix.finish(workflow(tmp_path, step("one", structured("# text"))))
+    run = door.finish(workflow(tmp_path, step("one", structured("# text"))))
     assert run["status"] == "succeeded"
-    answer = unix.get(f"/v1/runs/{run['id']}/stages/one/output-file")
+    answer = door.get(f"/v1/runs/{run['id']}/stages/one/output-file")
     assert (answer.status, answer.body) == (200, b"# text\n")
 
 
-def test_a_pipeline_needs_output_of_every_box(unix: HttpClient, tmp_path: Path) -> None:
-    run = unix.finish(pipeline(tmp_path, box("p"), box("q", CLAUDIO_NO_OUTPUT="1")))
+def test_a_pipeline_needs_output_of_every_box(door: HttpClient, tmp_path: Path) -> None:
+    run = door.finish(pipeline(tmp_path, box("p"), box("q", CLAUDIO_NO_OUTPUT="1")))
     assert run["status"] == "failed"
     assert run["error"] == "stage 'q' completed without result.json"
-    assert unix.get(f"/v1/runs/{run['id']}/stages/p/output-file").status == 200
+    assert door.get(f"/v1/runs/{run['id']}/stages/p/output-file").status == 200
 
 
-def test_a_run_that_fails_by_itself_has_published_nothing(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_run_that_fails_by_itself_has_published_nothing(door: HttpClient, tmp_path: Path) -> None:
     for spec, error in (
         (agent(tmp_path, messaging=False, CLAUDIO_FAIL="broken"), "broken"),
         (pipeline(tmp_path, box("p", CLAUDIO_FAIL="broken"), box("q")), "box p failed: broken"),
     ):
-        run = unix.finish(spec)
+        run = door.finish(spec)
         assert (run["status"], run["error"]) == ("failed", error)
         # It owed structured output.
         assert run["artifact_publication"] == {"status": "failed", "manifest": []}
-    owing_none = unix.finish(workflow(tmp_path, step("a", "false")))
+    owing_none = door.finish(workflow(tmp_path, step("a", "false")))
     assert owing_none["artifact_publication"] == {"status": "not_started", "manifest": []}
 
 
 def test_a_pipeline_that_fails_later_has_published_what_came_before(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run = unix.finish(pipeline(tmp_path, box("p"), box("q", CLAUDIO_FAIL="broken")))
+    run = door.finish(pipeline(tmp_path, box("p"), box("q", CLAUDIO_FAIL="broken")))
     assert (run["status"], run["error"]) == ("failed", "box q failed: broken")
     assert run["artifact_publication"]["status"] == "published"
     assert [e["stage"] for e in run["artifact_publication"]["manifest"]] == ["p"]
-    without = unix.finish(
+    without = door.finish(
         pipeline(tmp_path, box("p", CLAUDIO_NO_OUTPUT="1"), box("q", CLAUDIO_FAIL="broken"))
     )
     assert (without["error"], without["terminal_reason"]) == ("box q failed: broken", None)
@@ -354,25 +354,25 @@ def test_a_pipeline_that_fails_later_has_published_what_came_before(
 # -- agents, pipelines, restarts -----------------------------------------------------------------
 
 
-def test_files_an_agent_names_are_kept(unix: HttpClient, tmp_path: Path) -> None:
+def test_files_an_agent_names_are_kept(door: HttpClient, tmp_path: Path) -> None:
     output = json.dumps({"status": "ok", "artifacts": [{"name": "me", "path": "output.json"}]})
     for spec in (
         agent(tmp_path, messaging=False, name="it", CLAUDIO_OUTPUT=output),
         pipeline(tmp_path, box("it", CLAUDIO_OUTPUT=output)),
     ):
-        run = unix.finish(spec)
+        run = door.finish(spec)
         assert run["status"] == "succeeded"
         entry = run["artifact_publication"]["manifest"][1]
-        assert unix.get(entry["retrieval_path"]).body == output.encode()
+        assert door.get(entry["retrieval_path"]).body == output.encode()
 
 
-def test_a_box_is_published_while_the_pipeline_goes_on(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_box_is_published_while_the_pipeline_goes_on(door: HttpClient, tmp_path: Path) -> None:
     spec = pipeline(tmp_path, box("p"), box("q", CLAUDIO_HANG="1"))
-    run_id = unix.start(spec)
-    unix.wait_for(run_id, lambda e: e["event_type"] == "stage.started" and e["stage_name"] == "q")
-    assert unix.run(run_id)["status"] == "running"
-    assert unix.get(f"/v1/runs/{run_id}/stages/p/output-file").json["status"] == "success"
-    unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
+    run_id = door.start(spec)
+    door.wait_for(run_id, lambda e: e["event_type"] == "stage.started" and e["stage_name"] == "q")
+    assert door.run(run_id)["status"] == "running"
+    assert door.get(f"/v1/runs/{run_id}/stages/p/output-file").json["status"] == "success"
+    door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
 
 
 @pytest.fixture
@@ -409,13 +409,13 @@ def test_artifacts_of_every_kind_are_there_after_the_supervisor_was_killed_and_s
 
 
 def test_output_that_is_still_to_come_is_missing_until_it_is_there(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     opened = gate(tmp_path)
     spec = workflow(tmp_path, step("a", f"{opened.wait}; {SCRIPT}"), output_step="a")
-    run_id = unix.start(spec)
-    early = unix.get(f"/v1/runs/{run_id}/stages/a/output-file")
+    run_id = door.start(spec)
+    early = door.get(f"/v1/runs/{run_id}/stages/a/output-file")
     assert early.problem == (404, "STRUCTURED_OUTPUT_MISSING", False)
     opened.open()
-    unix.wait_end(run_id)
-    assert unix.get(f"/v1/runs/{run_id}/stages/a/output-file").status == 200
+    door.wait_end(run_id)
+    assert door.get(f"/v1/runs/{run_id}/stages/a/output-file").status == 200

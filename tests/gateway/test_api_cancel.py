@@ -53,13 +53,13 @@ def test_a_cancel_is_answered_when_the_run_has_ended(
 # As many events as are sent at once, and one to either side.
 @pytest.mark.parametrize("count", [499, 500, 501])
 def test_a_run_knows_its_terminal_event_however_many_stages_end_with_it(
-    unix: HttpClient, tmp_path: Path, count: int
+    door: HttpClient, tmp_path: Path, count: int
 ) -> None:
     waiting = [step(f"s{number}", "true", "hung") for number in range(count - 1)]
-    run_id = unix.start(workflow(tmp_path, step("hung", "echo up; exec sleep 600"), *waiting))
-    unix.wait_log(run_id, "up")
-    answer = cancelled(unix, run_id)
-    run = unix.run(run_id)
+    run_id = door.start(workflow(tmp_path, step("hung", "echo up; exec sleep 600"), *waiting))
+    door.wait_log(run_id, "up")
+    answer = cancelled(door, run_id)
+    run = door.run(run_id)
     last = run["events"][-1]
     assert last["event_type"] == "run.cancelled"
     assert (answer["state"], answer["terminal_event_id"]) == ("cancelled", last["event_id"])
@@ -69,12 +69,12 @@ def test_a_run_knows_its_terminal_event_however_many_stages_end_with_it(
 
 @pytest.mark.parametrize("size", [4000, 4001, 1024 * 1024, 4 * 1024 * 1024 - 20])
 def test_of_a_long_reason_the_beginning_is_kept(
-    unix: HttpClient, tmp_path: Path, size: int
+    door: HttpClient, tmp_path: Path, size: int
 ) -> None:
-    run_id = unix.start(hung(tmp_path))
-    unix.wait_log(run_id, "up")
-    answer = cancelled(unix, run_id, {"reason": "é" + "y" * (size - 1)})
-    run = unix.run(run_id)
+    run_id = door.start(hung(tmp_path))
+    door.wait_log(run_id, "up")
+    answer = cancelled(door, run_id, {"reason": "é" + "y" * (size - 1)})
+    run = door.run(run_id)
     last = run["events"][-1]
     assert (answer["state"], answer["terminal_event_id"]) == ("cancelled", last["event_id"])
     assert run["terminal_reason"] == "é" + "y" * 3999
@@ -82,12 +82,12 @@ def test_of_a_long_reason_the_beginning_is_kept(
 
 
 def test_a_cancel_ends_the_stages_that_run_and_those_that_wait(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run_id = unix.start(hung(tmp_path))
-    unix.wait_log(run_id, "up")
-    cancelled(unix, run_id)
-    run = unix.run(run_id)
+    run_id = door.start(hung(tmp_path))
+    door.wait_log(run_id, "up")
+    cancelled(door, run_id)
+    run = door.run(run_id)
     assert run["terminal_reason"] == "run marked cancelled"
     states = {name: stage["status"] for name, stage in run["stage_states"].items()}
     assert states == {"done": "succeeded", "hung": "failed", "next": "skipped", "last": "skipped"}
@@ -103,7 +103,7 @@ def test_a_cancel_ends_the_stages_that_run_and_those_that_wait(
     assert (failed["exit_code"], failed["error"]) == (-1, "run cancelled")
     assert failed["duration_ms"] >= 0
     assert [each["reason"] for each in skipped] == ["run cancelled"] * 2
-    stages = {s["stage_name"]: s for s in unix.get(f"/v1/runs/{run_id}/stages").json["stages"]}
+    stages = {s["stage_name"]: s for s in door.get(f"/v1/runs/{run_id}/stages").json["stages"]}
     assert (stages["hung"]["status"], stages["hung"]["exit_code"]) == ("failed", -1)
     assert stages["last"]["status"] == "skipped"
 
@@ -124,12 +124,12 @@ def test_a_cancel_of_a_run_that_has_ended_changes_nothing(api: HttpClient, tmp_p
         assert api.run(run["id"]) == run
 
 
-def test_cancels_at_the_same_time_all_get_the_same_answer(unix: HttpClient, tmp_path: Path) -> None:
-    run_id = unix.start(hung(tmp_path))
-    unix.wait_log(run_id, "up")
+def test_cancels_at_the_same_time_all_get_the_same_answer(door: HttpClient, tmp_path: Path) -> None:
+    run_id = door.start(hung(tmp_path))
+    door.wait_log(run_id, "up")
     answers: list[dict[str, Any]] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(cancelled(unix, run_id))) for _ in range(5)
+        threading.Thread(target=lambda: answers.append(cancelled(door, run_id))) for _ in range(5)
     ]
     for thread in threads:
         thread.start()
@@ -138,23 +138,23 @@ def test_cancels_at_the_same_time_all_get_the_same_answer(unix: HttpClient, tmp_
     expected = {
         "run_id": run_id,
         "state": "cancelled",
-        "terminal_event_id": unix.run(run_id)["terminal_event_id"],
+        "terminal_event_id": door.run(run_id)["terminal_event_id"],
     }
     assert answers == [expected] * 5
-    assert [e["event_type"] for e in unix.events(run_id)].count("run.cancelled") == 1
+    assert [e["event_type"] for e in door.events(run_id)].count("run.cancelled") == 1
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"7", b"null", b'{"reason": 7}', b'{"reason": null}', b"\xff\xfe"]
 )
 def test_a_cancel_is_not_refused_for_its_body(
-    unix: HttpClient, tmp_path: Path, body: bytes
+    door: HttpClient, tmp_path: Path, body: bytes
 ) -> None:
-    run_id = unix.start(write_spec(tmp_path, "sandbox"))
-    unix.wait_type(run_id, "sandbox.ready")
-    answer = unix.ask("POST", f"/v1/runs/{run_id}/cancel", body)
+    run_id = door.start(write_spec(tmp_path, "sandbox"))
+    door.wait_type(run_id, "sandbox.ready")
+    answer = door.ask("POST", f"/v1/runs/{run_id}/cancel", body)
     assert (answer.status, answer.json["state"]) == (200, "cancelled")
-    assert unix.run(run_id)["terminal_reason"] == "run marked cancelled"
+    assert door.run(run_id)["terminal_reason"] == "run marked cancelled"
 
 
 def test_a_cancel_of_a_run_nobody_knows_is_not_found(api: HttpClient) -> None:
@@ -164,67 +164,67 @@ def test_a_cancel_of_a_run_nobody_knows_is_not_found(api: HttpClient) -> None:
 
 
 def test_a_cancel_ends_the_programs_and_everything_of_the_machine(
-    house: ApiHouse, unix: HttpClient, tmp_path: Path
+    house: ApiHouse, door: HttpClient, tmp_path: Path
 ) -> None:
-    run_id = unix.start(
+    run_id = door.start(
         workflow(tmp_path, step("a", "trap '' TERM; (sleep 600 & echo up; wait; sleep 600)"))
     )
-    unix.wait_log(run_id, "up")
+    door.wait_log(run_id, "up")
     folder = house.supervisor.state_dir / "runs" / run_id
     assert processes_of(folder)
-    unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0.2})
+    door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0.2})
     assert processes_of(folder) == []
 
 
 def test_the_grace_of_a_runs_policy_is_how_long_a_program_has_to_end(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     spec = workflow(
         tmp_path, step("a", "trap 'echo ending; exit 0' TERM; echo up; sleep 600 & wait")
     )
-    run_id = unix.start(spec, policy={"cancel_grace_period_secs": 30})
-    unix.wait_log(run_id, "up")
+    run_id = door.start(spec, policy={"cancel_grace_period_secs": 30})
+    door.wait_log(run_id, "up")
     began = time.monotonic()
-    assert cancelled(unix, run_id)["state"] == "cancelled"
+    assert cancelled(door, run_id)["state"] == "cancelled"
     # It ended by itself: nobody waited out the grace.
     assert time.monotonic() - began < 25
-    assert "ending" in unix.get(f"/v1/runs/{run_id}/logs").text.splitlines()
+    assert "ending" in door.get(f"/v1/runs/{run_id}/logs").text.splitlines()
 
 
 def test_a_program_that_does_not_end_is_killed_after_the_grace(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     spec = workflow(tmp_path, step("a", "trap '' TERM; echo up; sleep 600"))
-    run_id = unix.start(spec, policy={"cancel_grace_period_secs": 0})
-    unix.wait_log(run_id, "up")
+    run_id = door.start(spec, policy={"cancel_grace_period_secs": 0})
+    door.wait_log(run_id, "up")
     began = time.monotonic()
-    assert cancelled(unix, run_id)["state"] == "cancelled"
+    assert cancelled(door, run_id)["state"] == "cancelled"
     assert time.monotonic() - began < 20
 
 
-def test_a_cancel_need_not_be_waited_for(unix: HttpClient, tmp_path: Path) -> None:
-    run_id = unix.start(workflow(tmp_path, step("a", "trap '' TERM; echo up; sleep 600")))
-    unix.wait_log(run_id, "up")
-    answer = unix.post(f"/v1/runs/{run_id}/cancel?wait=false", {"grace_secs": 60})
+def test_a_cancel_need_not_be_waited_for(door: HttpClient, tmp_path: Path) -> None:
+    run_id = door.start(workflow(tmp_path, step("a", "trap '' TERM; echo up; sleep 600")))
+    door.wait_log(run_id, "up")
+    answer = door.post(f"/v1/runs/{run_id}/cancel?wait=false", {"grace_secs": 60})
     assert answer.json == {"run_id": run_id, "state": "running", "terminal_event_id": None}
-    assert unix.run(run_id)["status"] == "running"
+    assert door.run(run_id)["status"] == "running"
     # Asked again with less patience, it is over soon.
-    assert unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0}).json["state"] == "cancelled"
+    assert door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0}).json["state"] == "cancelled"
 
 
 @pytest.mark.parametrize("kind", ["agent", "pipeline", "sandbox"])
-def test_every_kind_is_cancelled(unix: HttpClient, tmp_path: Path, kind: str) -> None:
+def test_every_kind_is_cancelled(door: HttpClient, tmp_path: Path, kind: str) -> None:
     if kind == "agent":
         spec = agent(tmp_path, CLAUDIO_TURNS="2", CLAUDIO_DELAY_MS="600000")
     elif kind == "pipeline":
         spec = pipeline(tmp_path, box("p", CLAUDIO_HANG="1"), box("q"))
     else:
         spec = write_spec(tmp_path, "sandbox")
-    run_id = unix.start(spec)
-    unix.wait_type(run_id, "sandbox.ready" if kind == "sandbox" else "stage.started")
-    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 1})
+    run_id = door.start(spec)
+    door.wait_type(run_id, "sandbox.ready" if kind == "sandbox" else "stage.started")
+    answer = door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 1})
     assert answer.json["state"] == "cancelled"
-    run = unix.run(run_id)
+    run = door.run(run_id)
     if kind == "pipeline":
         states = {name: stage["status"] for name, stage in run["stage_states"].items()}
         assert states == {"p": "failed", "q": "skipped"}
@@ -232,8 +232,8 @@ def test_every_kind_is_cancelled(unix: HttpClient, tmp_path: Path, kind: str) ->
         assert run["stage_states"]["scout"]["status"] == "failed"
 
 
-def test_a_run_that_has_not_begun_is_cancelled_too(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_run_that_has_not_begun_is_cancelled_too(door: HttpClient, tmp_path: Path) -> None:
     opened = gate(tmp_path)
-    run_id = unix.start(workflow(tmp_path, step("a", opened.wait)))
-    assert cancelled(unix, run_id)["state"] == "cancelled"
-    assert unix.run(run_id)["status"] == "cancelled"
+    run_id = door.start(workflow(tmp_path, step("a", opened.wait)))
+    assert cancelled(door, run_id)["state"] == "cancelled"
+    assert door.run(run_id)["status"] == "cancelled"

@@ -62,9 +62,9 @@ def test_a_start_of_a_run_that_goes_on_is_that_run_however_many_there_are(
 
 
 def test_a_start_of_a_run_that_has_ended_says_so_however_many_there_are(
-    api: HttpClient, unix: HttpClient, tmp_path: Path, request: pytest.FixtureRequest
+    api: HttpClient, door: HttpClient, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    over = unix.finish(workflow(tmp_path, step("a", "true")))["id"]
+    over = door.finish(workflow(tmp_path, step("a", "true")))["id"]
     request.getfixturevalue("going")
     assert start(api, tmp_path / "any.yaml", run_id=over).problem == (
         409,
@@ -73,14 +73,14 @@ def test_a_start_of_a_run_that_has_ended_says_so_however_many_there_are(
     )
 
 
-def test_a_run_that_has_ended_makes_room_at_once(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_run_that_has_ended_makes_room_at_once(door: HttpClient, tmp_path: Path) -> None:
     opened = gate(tmp_path)
-    other = unix.start(workflow(tmp_path, step("a", opened.wait)))
+    other = door.start(workflow(tmp_path, step("a", opened.wait)))
     spec = workflow(tmp_path, step("a", "true"))
     for _ in range(20):
-        assert unix.finish(spec)["status"] == "succeeded"
+        assert door.finish(spec)["status"] == "succeeded"
     opened.open()
-    assert unix.wait_end(other)["status"] == "succeeded"
+    assert door.wait_end(other)["status"] == "succeeded"
 
 
 def test_while_the_supervisor_stops_a_run_that_goes_on_can_be_started_again_and_no_other(

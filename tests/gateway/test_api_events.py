@@ -80,7 +80,7 @@ def test_a_workflow_begins_with_these_events(ended: dict[str, Any]) -> None:
 
 
 def test_an_agent_begins_with_its_skills_and_without_those_that_are_added(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     skills = [
         "agent:claude-code",
@@ -94,7 +94,7 @@ def test_an_agent_begins_with_its_skills_and_without_those_that_are_added(
         llm={"provider": "claude"},
         agent={"prompt": "x", "skills": skills, "messaging": {"enabled": True}},
     )
-    run = unix.finish(file)
+    run = door.finish(file)
     kinds = [event["event_type"] for event in run["events"]]
     assert kinds[2] == "run.spec.loaded"
     mounted = [event for event in run["events"] if event["event_type"] == "skill.mounted"]
@@ -104,10 +104,10 @@ def test_an_agent_begins_with_its_skills_and_without_those_that_are_added(
 
 
 def test_a_pipeline_begins_with_its_boxes_each_before_its_skills(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     boxes = [{**box("p"), "skills": ["agent:claude"]}, {**box("q"), "skills": ["cli:jq"]}]
-    run = unix.finish(pipeline(tmp_path, *boxes))
+    run = door.finish(pipeline(tmp_path, *boxes))
     planned = [(event["event_type"], event["box_name"]) for event in run["events"][3:7]]
     assert planned == [
         ("box.started", "p"),
@@ -117,7 +117,7 @@ def test_a_pipeline_begins_with_its_boxes_each_before_its_skills(
     ]
 
 
-def test_stage_events_carry_what_clients_read_from_them(unix: HttpClient, tmp_path: Path) -> None:
+def test_stage_events_carry_what_clients_read_from_them(door: HttpClient, tmp_path: Path) -> None:
     spec = workflow(
         tmp_path,
         step("good", "true"),
@@ -125,7 +125,7 @@ def test_stage_events_carry_what_clients_read_from_them(unix: HttpClient, tmp_pa
         step("after", "true", "bad"),
         output_step="good",
     )
-    events = unix.finish(spec)["events"]
+    events = door.finish(spec)["events"]
 
     def of(stage: str, kind: str) -> dict[str, Any]:
         (found,) = [
@@ -191,9 +191,9 @@ def second_name(first: str) -> str:
     return V2_NAMES.get(first) or "".join(part.capitalize() for part in parts)
 
 
-def test_every_event_has_its_second_name(unix: HttpClient, tmp_path: Path) -> None:
+def test_every_event_has_its_second_name(door: HttpClient, tmp_path: Path) -> None:
     spec = workflow(tmp_path, step("bad", "echo x; exit 1"), step("after", "true", "bad"))
-    runs = [unix.finish(spec), unix.finish(agent(tmp_path)), unix.finish(tmp_path / "none.yaml")]
+    runs = [door.finish(spec), door.finish(agent(tmp_path)), door.finish(tmp_path / "none.yaml")]
     for run in runs:
         for event in run["events"]:
             assert event["event_type_v2"] == second_name(event["event_type"])

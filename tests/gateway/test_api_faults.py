@@ -68,18 +68,18 @@ def test_artifacts_whose_store_is_away_may_be_asked_for_again(
 
 
 def test_a_run_that_does_not_answer_is_a_timeout_and_not_waited_for_longer(
-    unix: HttpClient, house: ApiHouse, tmp_path: Path
+    door: HttpClient, house: ApiHouse, tmp_path: Path
 ) -> None:
-    run_id = unix.start(agent(tmp_path, CLAUDIO_HANG="1"))
-    unix.wait_type(run_id, "stage.started")
+    run_id = door.start(agent(tmp_path, CLAUDIO_HANG="1"))
+    door.wait_type(run_id, "stage.started")
     with house.supervisor.connect() as client:
         pid = client.state(run_id).run_process
     assert pid is not None
     with stopped(pid):
-        answer = unix.put(f"/v1/runs/{run_id}/inbox", INBOX)
+        answer = door.put(f"/v1/runs/{run_id}/inbox", INBOX)
         assert answer.problem == (504, "RETRIEVAL_TIMEOUT", True)
-    assert unix.put(f"/v1/runs/{run_id}/inbox", INBOX).json == {"ok": True}
-    assert unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0}).json["state"] == "cancelled"
+    assert door.put(f"/v1/runs/{run_id}/inbox", INBOX).json == {"ok": True}
+    assert door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0}).json["state"] == "cancelled"
 
 
 def test_a_disk_that_takes_nothing_more_is_an_error_and_what_was_kept_is_read(

@@ -61,14 +61,14 @@ def status_of(received: bytes) -> bytes:
         b"GET /v1/health HTTP/1.1\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(2000)) + b"\r\n",
     ],
 )
-def test_what_is_no_request_is_refused_and_closed(unix: HttpClient, data: bytes) -> None:
-    received = unix.raw(data, shut=True)
+def test_what_is_no_request_is_refused_and_closed(door: HttpClient, data: bytes) -> None:
+    received = door.raw(data, shut=True)
     assert status_of(received) in (b"", b"400", b"404", b"413", b"431"), received[:200]
-    assert unix.get("/v1/health").status == 200
+    assert door.get("/v1/health").status == 200
 
 
-def test_garbage_behind_a_request_does_not_change_its_answer(unix: HttpClient) -> None:
-    with unix.connect() as sock:
+def test_garbage_behind_a_request_does_not_change_its_answer(door: HttpClient) -> None:
+    with door.connect() as sock:
         sock.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n\x00\x01GARBAGE\r\n\r\n")
         received = b""
         while chunk := sock.recv(65536):
@@ -119,7 +119,7 @@ TRICKS = [
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_a_name_that_is_a_trick_finds_nothing(
-    unix: HttpClient, house: ApiHouse, trick: str
+    door: HttpClient, house: ApiHouse, trick: str
 ) -> None:
     for method, path in (
         ("GET", f"/v1/runs/{trick}"),
@@ -134,7 +134,7 @@ def test_a_name_that_is_a_trick_finds_nothing(
         ("GET", f"/v1/runs/x/stages/{trick}/output-file"),
         ("GET", f"/v1/runs/x/stages/a/artifacts/{trick}"),
     ):
-        answer = unix.ask(method, path)
+        answer = door.ask(method, path)
         assert answer.status in (400, 404), (path, answer)
         assert answer.problem[2] is False
         assert "set-cookie" not in answer.headers
@@ -142,7 +142,7 @@ def test_a_name_that_is_a_trick_finds_nothing(
 
 
 def test_names_of_stages_and_artifacts_that_are_tricks_write_nothing_outside(
-    unix: HttpClient, house: ApiHouse, tmp_path: Path
+    door: HttpClient, house: ApiHouse, tmp_path: Path
 ) -> None:
     around = house.supervisor.state_dir.parent
     before = {*around.iterdir(), *around.parent.iterdir()}
@@ -152,19 +152,19 @@ def test_names_of_stages_and_artifacts_that_are_tricks_write_nothing_outside(
     spec = workflow(
         tmp_path, step(name, structured(result, ("note", "x"))), output_step=name, name=name
     )
-    run = unix.finish(spec)
+    run = door.finish(spec)
     assert run["status"] == "succeeded"
     kept = [e["name"] for e in run["artifact_publication"]["manifest"] if "size_bytes" in e]
     assert kept == ["result.json", "ok"]
     for entry in run["artifact_publication"]["manifest"]:
-        assert unix.get(entry["retrieval_path"]).status == 200
+        assert door.get(entry["retrieval_path"]).status == 200
     after = {*around.iterdir(), *around.parent.iterdir()}
     assert [path for path in after - before if "escaped" in path.name] == []
     assert not list(house.supervisor.state_dir.rglob("*escaped*"))
 
 
 def test_a_file_an_artifact_names_outside_the_guest_is_not_the_hosts(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text(f"secret-{uuid.uuid4()}")
@@ -173,22 +173,22 @@ def test_a_file_an_artifact_names_outside_the_guest_is_not_the_hosts(
         {"name": "two", "path": "link"},
     ]
     script = structured({"status": "ok", "artifacts": named}) + f"\nln -s {secret} link"
-    run = unix.finish(workflow(tmp_path, step("a", script), output_step="a"))
+    run = door.finish(workflow(tmp_path, step("a", script), output_step="a"))
     for name in ("one", "two"):
-        answer = unix.get(f"/v1/runs/{run['id']}/stages/a/artifacts/{name}")
+        answer = door.get(f"/v1/runs/{run['id']}/stages/a/artifacts/{name}")
         assert answer.problem[:2] == (404, "ARTIFACT_NOT_FOUND")
 
 
 # -- bodies --------------------------------------------------------------------------------------
 
 
-def test_large_bodies_are_not_held(unix: HttpClient, house: ApiHouse) -> None:
+def test_large_bodies_are_not_held(door: HttpClient, house: ApiHouse) -> None:
     before = resident(house)
     chunk = b"x" * (1024 * 1024)
 
     def send() -> None:
-        with unix.connect() as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            sock.sendall(unix.head_bytes("POST /v1/runs HTTP/1.1", Content_Length=str(64 << 20)))
+        with door.connect() as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(door.head_bytes("POST /v1/runs HTTP/1.1", Content_Length=str(64 << 20)))
             for _ in range(64):
                 sock.sendall(chunk)
 
@@ -197,13 +197,13 @@ def test_large_bodies_are_not_held(unix: HttpClient, house: ApiHouse) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert unix.get("/v1/health").status == 200
+    assert door.get("/v1/health").status == 200
     assert resident(house) - before < 150 * 1024 * 1024
 
 
-def test_a_chunked_body_without_an_end_is_refused_at_the_limit(unix: HttpClient) -> None:
-    with unix.connect() as sock:
-        head = unix.head_bytes("POST /v1/runs HTTP/1.1", Transfer_Encoding="chunked")
+def test_a_chunked_body_without_an_end_is_refused_at_the_limit(door: HttpClient) -> None:
+    with door.connect() as sock:
+        head = door.head_bytes("POST /v1/runs HTTP/1.1", Transfer_Encoding="chunked")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(head)
             for _ in range(100):
@@ -214,47 +214,47 @@ def test_a_chunked_body_without_an_end_is_refused_at_the_limit(unix: HttpClient)
             assert (response.status, response.getheader("content-length")) == (413, "0")
 
 
-def test_a_body_that_is_compressed_is_not_opened(unix: HttpClient) -> None:
+def test_a_body_that_is_compressed_is_not_opened(door: HttpClient) -> None:
     bomb = gzip.compress(b'{"file": "' + b"x" * (100 * 1024 * 1024) + b'"}', 9)
-    answer = unix.ask("POST", "/v1/runs", bomb, {"Content-Encoding": "gzip"})
+    answer = door.ask("POST", "/v1/runs", bomb, {"Content-Encoding": "gzip"})
     assert answer.problem == (400, "INVALID_SPEC", False)
 
 
-def test_slow_clients_hold_nobody_up(unix: HttpClient) -> None:
+def test_slow_clients_hold_nobody_up(door: HttpClient) -> None:
     with contextlib.ExitStack() as stack:
         for number in range(50):
-            sock = stack.enter_context(unix.connect())
+            sock = stack.enter_context(door.connect())
             if number % 2:
                 sock.sendall(b"GET /v1/hea")
             else:
-                sock.sendall(unix.head_bytes("POST /v1/runs HTTP/1.1", Content_Length="100"))
+                sock.sendall(door.head_bytes("POST /v1/runs HTTP/1.1", Content_Length="100"))
                 sock.sendall(b'{"fi')
         began = time.monotonic()
         for _ in range(20):
-            assert unix.get("/v1/health").status == 200
+            assert door.get("/v1/health").status == 200
         assert time.monotonic() - began < 10
 
 
-def test_a_client_that_goes_in_the_middle_is_forgotten(unix: HttpClient) -> None:
+def test_a_client_that_goes_in_the_middle_is_forgotten(door: HttpClient) -> None:
     for data in (
         b"GET /v1/hea",
-        unix.head_bytes("POST /v1/runs HTTP/1.1", Content_Length="100") + b"{",
-        unix.head_bytes("GET /v1/runs HTTP/1.1"),
+        door.head_bytes("POST /v1/runs HTTP/1.1", Content_Length="100") + b"{",
+        door.head_bytes("GET /v1/runs HTTP/1.1"),
     ):
         for _ in range(20):
-            with unix.connect() as sock:
+            with door.connect() as sock:
                 sock.sendall(data)
-    assert unix.get("/v1/health").status == 200
+    assert door.get("/v1/health").status == 200
 
 
 @pytest.mark.parametrize("depth", [1000, 100_000, 2_000_000])
-def test_json_that_nests_deeply_is_refused(unix: HttpClient, depth: int) -> None:
+def test_json_that_nests_deeply_is_refused(door: HttpClient, depth: int) -> None:
     for body in (b"[" * depth, b'{"a":' * (depth // 5), b'{"file": ' + b"[" * depth):
-        answer = unix.ask("POST", "/v1/runs", body)
+        answer = door.ask("POST", "/v1/runs", body)
         assert answer.problem == (400, "INVALID_SPEC", False)
 
 
-def test_numbers_without_end_are_refused(unix: HttpClient) -> None:
+def test_numbers_without_end_are_refused(door: HttpClient) -> None:
     digits = b"9" * 1_000_000
     for body in (
         b'{"file": "x", "policy": {"max_stage_retries": %s}}' % digits,
@@ -262,38 +262,38 @@ def test_numbers_without_end_are_refused(unix: HttpClient) -> None:
         b'{"file": "x", "policy": {"max_stage_retries": NaN}}',
         b'{"file": %s}' % digits,
     ):
-        assert unix.ask("POST", "/v1/runs", body).problem == (400, "INVALID_SPEC", False)
+        assert door.ask("POST", "/v1/runs", body).problem == (400, "INVALID_SPEC", False)
 
 
-def test_an_error_does_not_repeat_megabytes(unix: HttpClient) -> None:
+def test_an_error_does_not_repeat_megabytes(door: HttpClient) -> None:
     long = "x" * 1_000_000
     for answer in (
-        unix.post("/v1/runs", {"file": 7, long: 1, "run_id": long}),
-        unix.post("/v1/runs", {"file": "y", "run_id": long}),
-        unix.post("/v1/runs", {"file": "y", "policy": {"max_stage_retries": long}}),
+        door.post("/v1/runs", {"file": 7, long: 1, "run_id": long}),
+        door.post("/v1/runs", {"file": "y", "run_id": long}),
+        door.post("/v1/runs", {"file": "y", "policy": {"max_stage_retries": long}}),
     ):
         assert answer.status == 400
         assert len(answer.body) < 10_000
 
 
-def test_half_a_character_is_refused_and_breaks_nothing(unix: HttpClient) -> None:
+def test_half_a_character_is_refused_and_breaks_nothing(door: HttpClient) -> None:
     for field in (b'"file"', b'"input"', b'"run_id"'):
         body = b'{"file": "/nowhere", %s: "\\ud800"}' % field
-        answer = unix.ask("POST", "/v1/runs", body)
+        answer = door.ask("POST", "/v1/runs", body)
         assert answer.problem == (400, "INVALID_SPEC", False)
     for half in (b"\\ud800", b"\\uDFFF"):
         body = b'{"role": "user", "content": "%s"}' % half
-        answer = unix.ask("POST", "/v1/sessions/half/messages", body)
+        answer = door.ask("POST", "/v1/sessions/half/messages", body)
         assert answer.problem == (400, "INVALID_SPEC", False)
     body = b'{"role": "u", "content": "\\ud83d\\ude00"}'
-    whole = unix.ask("POST", "/v1/sessions/half/messages", body)
+    whole = door.ask("POST", "/v1/sessions/half/messages", body)
     assert whole.json["content"] == "\U0001f600"
 
 
 def test_bytes_that_are_no_text_in_a_header_or_a_query_are_no_failure_of_ours(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run_id = unix.finish(workflow(tmp_path, step("a", "true")))["id"]
+    run_id = door.finish(workflow(tmp_path, step("a", "true")))["id"]
     path = f"/v1/runs/{run_id}"
     for line, headers in (
         (f"GET {path}/events/stream HTTP/1.1", {"Last_Event_ID": "\xff\xfe"}),
@@ -302,19 +302,19 @@ def test_bytes_that_are_no_text_in_a_header_or_a_query_are_no_failure_of_ours(
         (f"GET {path}/telemetry?stage_name=%ff%ed%a0%80 HTTP/1.1", {}),
         (f"GET {path}?api_version=%ff HTTP/1.1", {"If_None_Match": "\xff"}),
     ):
-        received = unix.raw(unix.head_bytes(line, **headers))
+        received = door.raw(door.head_bytes(line, **headers))
         assert status_of(received) == b"200", received[:300]
 
 
 def test_a_file_that_is_a_device_or_a_folder_is_a_run_that_fails(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for file in ("/dev/zero", "/dev/null", "/", str(fifo), "", "\0", "x" * 100_000):
-        answer = unix.post("/v1/runs", {"file": file})
+        answer = door.post("/v1/runs", {"file": file})
         assert answer.status == 200, answer
-        run = unix.wait_end(answer.json["run_id"])
+        run = door.wait_end(answer.json["run_id"])
         assert run["status"] == "failed"
 
 
@@ -386,15 +386,15 @@ def test_many_requests_at_once_are_all_answered(api: HttpClient) -> None:
 
 
 def test_a_follower_that_never_reads_holds_no_memory(
-    unix: HttpClient, house: ApiHouse, tmp_path: Path
+    door: HttpClient, house: ApiHouse, tmp_path: Path
 ) -> None:
     line = "x" * 2000
-    run_id = unix.start(workflow(tmp_path, step("a", f"yes {line} | head -8000")))
+    run_id = door.start(workflow(tmp_path, step("a", f"yes {line} | head -8000")))
     before = resident(house)
     with contextlib.ExitStack() as stack:
         for _ in range(20):
-            sock = stack.enter_context(unix.connect())
+            sock = stack.enter_context(door.connect())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.sendall(unix.head_bytes(f"GET /v1/runs/{run_id}/events/stream HTTP/1.1"))
-        unix.wait_end(run_id)
+            sock.sendall(door.head_bytes(f"GET /v1/runs/{run_id}/events/stream HTTP/1.1"))
+        door.wait_end(run_id)
         assert resident(house) - before < 150 * 1024 * 1024

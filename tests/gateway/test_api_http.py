@@ -53,9 +53,9 @@ def test_a_client_of_http_1_0_is_answered_and_let_go(api: HttpClient) -> None:
     ],
 )
 def test_the_status_line_has_the_words_of_http(
-    unix: HttpClient, request_line: str, status: bytes
+    door: HttpClient, request_line: str, status: bytes
 ) -> None:
-    received = unix.raw(unix.head_bytes(request_line, Content_Length="0"))
+    received = door.raw(door.head_bytes(request_line, Content_Length="0"))
     assert received.split(b"\r\n")[0] == b"HTTP/1.1 " + status
 
 
@@ -77,20 +77,20 @@ def test_head_says_what_get_would_and_sends_no_body(api: HttpClient, tmp_path: P
 
 
 def test_the_name_of_content_length_may_be_written_in_any_case(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     body = b'{"file": "/nowhere.yaml"}'
-    head = unix.head_bytes("POST /v1/runs HTTP/1.1").replace(
+    head = door.head_bytes("POST /v1/runs HTTP/1.1").replace(
         b"Host:", b"cOnTeNt-LeNgTh: %d\r\nHost:" % len(body)
     )
-    received = unix.raw(head + body)
+    received = door.raw(head + body)
     assert received.startswith(b"HTTP/1.1 200 OK")
 
 
-def test_a_body_may_come_in_chunks(unix: HttpClient) -> None:
-    head = unix.head_bytes("POST /v1/runs HTTP/1.1", Transfer_Encoding="chunked")
+def test_a_body_may_come_in_chunks(door: HttpClient) -> None:
+    head = door.head_bytes("POST /v1/runs HTTP/1.1", Transfer_Encoding="chunked")
     body = b'4\r\n{"fi\r\n14\r\nle":"/nowhere.yaml"}\r\n0\r\n\r\n'
-    assert unix.raw(head + body).startswith(b"HTTP/1.1 200 OK")
+    assert door.raw(head + body).startswith(b"HTTP/1.1 200 OK")
 
 
 def test_a_body_over_four_mebibytes_is_refused_without_a_body(api: HttpClient) -> None:
@@ -206,29 +206,29 @@ def test_a_request_behind_one_without_a_body_is_no_body(api: HttpClient) -> None
     assert received.endswith(b'{"status":"ok","persistence":"disk"}')
 
 
-def test_names_in_a_path_are_percent_decoded(unix: HttpClient, tmp_path: Path) -> None:
+def test_names_in_a_path_are_percent_decoded(door: HttpClient, tmp_path: Path) -> None:
     name = "build é/x"
     spec = workflow(tmp_path, step(name, structured({"status": "ok"})), output_step=name)
-    run_id = unix.finish(spec)["id"]
-    encoded = unix.get(f"/v1/runs/{run_id}/stages/build%20%C3%A9%2Fx/output-file")
+    run_id = door.finish(spec)["id"]
+    encoded = door.get(f"/v1/runs/{run_id}/stages/build%20%C3%A9%2Fx/output-file")
     # The stage is what is behind the run, whatever slashes it has.
-    plain = unix.get(f"/v1/runs/{run_id}/stages/build%20%C3%A9/x/output-file")
+    plain = door.get(f"/v1/runs/{run_id}/stages/build%20%C3%A9/x/output-file")
     assert (encoded.status, plain.status) == (200, 200)
     assert encoded.json == plain.json == {"status": "ok"}
     dotted = run_id.replace("-", "%2D")
-    assert unix.get(f"/v1/runs/{dotted}").json["id"] == run_id
+    assert door.get(f"/v1/runs/{dotted}").json["id"] == run_id
 
 
 def test_a_query_is_percent_decoded_and_its_first_value_stands(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run_id = unix.finish(workflow(tmp_path, step("a", "true")))["id"]
+    run_id = door.finish(workflow(tmp_path, step("a", "true")))["id"]
     path = f"/v1/runs/{run_id}/telemetry"
-    assert unix.get(f"{path}?from_seq=%37").json["next_seq"] >= 7
-    assert unix.get(f"{path}?from_seq=70&from_seq=x").json["next_seq"] == 70
-    assert unix.get(f"{path}?&&=&x&from_seq=71&").json["next_seq"] == 71
+    assert door.get(f"{path}?from_seq=%37").json["next_seq"] >= 7
+    assert door.get(f"{path}?from_seq=70&from_seq=x").json["next_seq"] == 70
+    assert door.get(f"{path}?&&=&x&from_seq=71&").json["next_seq"] == 71
 
 
-def test_a_whole_url_is_taken_as_from_a_proxy(unix: HttpClient) -> None:
-    received = unix.raw(unix.head_bytes("GET http://anywhere/v1/health HTTP/1.1"))
+def test_a_whole_url_is_taken_as_from_a_proxy(door: HttpClient) -> None:
+    received = door.raw(door.head_bytes("GET http://anywhere/v1/health HTTP/1.1"))
     assert received.startswith(b"HTTP/1.1 200 OK")

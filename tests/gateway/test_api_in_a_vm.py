@@ -67,7 +67,7 @@ def test_an_agent_in_a_machine_reads_its_inbox_sends_intents_and_leaves_its_outp
 
 
 def test_a_workflow_in_a_machine_pipes_shares_files_and_publishes_artifacts(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     result = {"status": "ok", "metrics": {}, "artifacts": [{"name": "note.txt"}]}
     spec = workflow(
@@ -77,17 +77,17 @@ def test_a_workflow_in_a_machine_pipes_shares_files_and_publishes_artifacts(
         sandbox=SANDBOX,
         output_step="out",
     )
-    run = unix.wait_end(unix.start(spec), BOOT)
+    run = door.wait_end(door.start(spec), BOOT)
     assert (run["status"], run["error"]) == ("succeeded", None)
     assert run["report"]["output"] == "HELLO\ndone\n"
     for stage in ("out", "main"):
         at = f"/v1/runs/{run['id']}/stages/{stage}"
-        assert unix.get(f"{at}/output-file").body == json.dumps(result).encode() + b"\n"
-        assert unix.get(f"{at}/artifacts/note.txt").body == b"hello\n"
+        assert door.get(f"{at}/output-file").body == json.dumps(result).encode() + b"\n"
+        assert door.get(f"{at}/artifacts/note.txt").body == b"hello\n"
 
 
 def test_the_boxes_of_a_pipeline_have_a_machine_each_and_hand_files_on(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     # proc_sys_kernel(5): each boot of a kernel has another.
     boot = "/proc/sys/kernel/random/boot_id"
@@ -101,7 +101,7 @@ def test_the_boxes_of_a_pipeline_have_a_machine_each_and_hand_files_on(
         **scripted(f"cat input/boot {boot}; {LEAVE_OUTPUT}"),
         "inputs": [{"from": "made"}],
     }
-    run = unix.wait_end(unix.start(pipeline(tmp_path, maker, reader, sandbox=SANDBOX)), 2 * BOOT)
+    run = door.wait_end(door.start(pipeline(tmp_path, maker, reader, sandbox=SANDBOX)), 2 * BOOT)
     assert (run["status"], run["error"]) == ("succeeded", None)
     makers, readers = run["report"]["output"].split()
     assert makers != readers
@@ -109,25 +109,25 @@ def test_the_boxes_of_a_pipeline_have_a_machine_each_and_hand_files_on(
     assert [event["stage_name"] for event in started] == ["maker", "reader"]
     assert all(event["payload"]["machine"].startswith("qemu") for event in started)
     for entry in run["artifact_publication"]["manifest"]:
-        assert unix.get(entry["retrieval_path"]).json == {"status": "ok"}
+        assert door.get(entry["retrieval_path"]).json == {"status": "ok"}
 
 
 def test_a_cancel_ends_the_machine_before_it_is_answered(
-    house: ApiHouse, unix: HttpClient, tmp_path: Path
+    house: ApiHouse, door: HttpClient, tmp_path: Path
 ) -> None:
     spec = workflow(tmp_path, step("a", "echo up; sleep 600"), sandbox=SANDBOX)
-    run_id = unix.start(spec)
-    unix.wait_log(run_id, "up", BOOT)
+    run_id = door.start(spec)
+    door.wait_log(run_id, "up", BOOT)
     assert len(qemus_of(house.supervisor)) == 1
-    assert unix.run(run_id)["active_microvm_count"] == 1
-    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"reason": "enough"})
+    assert door.run(run_id)["active_microvm_count"] == 1
+    answer = door.post(f"/v1/runs/{run_id}/cancel", {"reason": "enough"})
     assert answer.json["state"] == "cancelled"
     assert qemus_of(house.supervisor) == []
-    assert unix.run(run_id)["active_microvm_count"] == 0
+    assert door.run(run_id)["active_microvm_count"] == 0
 
 
 def test_a_service_publishes_while_its_machine_is_sampled_and_a_cancel_ends_it(
-    house: ApiHouse, unix: HttpClient, tmp_path: Path
+    house: ApiHouse, door: HttpClient, tmp_path: Path
 ) -> None:
     serve = {"CLAUDIO_TURNS": "100000", "CLAUDIO_DELAY_MS": "500", "CLAUDIO_SERVE": "1"}
     spec = write_spec(
@@ -138,25 +138,25 @@ def test_a_service_publishes_while_its_machine_is_sampled_and_a_cancel_ends_it(
         llm={"provider": "claude"},
         agent={"prompt": "serve", "mode": "service", "output_file": "/workspace/report.json"},
     )
-    run_id = unix.start(spec)
-    unix.wait_type(run_id, "run.output_ready", patience=BOOT)
-    run = unix.run(run_id)
+    run_id = door.start(spec)
+    door.wait_type(run_id, "run.output_ready", patience=BOOT)
+    run = door.run(run_id)
     assert (run["status"], run["output_ready"]) == ("running", True)
     assert run["artifact_publication"]["status"] == "published"
     (entry,) = run["artifact_publication"]["manifest"]
-    first = unix.get(entry["retrieval_path"]).json
+    first = door.get(entry["retrieval_path"]).json
     assert first["status"] == "serving"
-    unix.wait_type(run_id, "run.output_updated", patience=BOOT)
-    assert unix.get(entry["retrieval_path"]).json["turn"] > first["turn"]
+    door.wait_type(run_id, "run.output_updated", patience=BOOT)
+    assert door.get(entry["retrieval_path"]).json["turn"] > first["turn"]
     # Its program occupies the guest all the while.
-    assert first_guest_sample(unix, run_id)["memory_total_bytes"] > 256 * 1024 * 1024
+    assert first_guest_sample(door, run_id)["memory_total_bytes"] > 256 * 1024 * 1024
     # It ends when it is told to: with a grace longer than any answer takes, nobody waits that out.
-    answer = unix.post(f"/v1/runs/{run_id}/cancel", {"reason": "seen enough", "grace_secs": 600})
+    answer = door.post(f"/v1/runs/{run_id}/cancel", {"reason": "seen enough", "grace_secs": 600})
     assert answer.json["state"] == "cancelled"
     assert qemus_of(house.supervisor) == []
-    run = unix.run(run_id)
+    run = door.run(run_id)
     assert (run["status"], run["terminal_reason"]) == ("cancelled", "seen enough")
-    assert unix.get(entry["retrieval_path"]).json["status"] == "serving", "it is still there"
+    assert door.get(entry["retrieval_path"]).json["status"] == "serving", "it is still there"
 
 
 def first_guest_sample(api: HttpClient, run_id: str) -> dict[str, Any]:

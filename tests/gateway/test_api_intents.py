@@ -141,22 +141,22 @@ def test_a_client_that_will_send_no_more_takes_them(tmp_path: Path) -> None:
             assert sidecar.ids == []
 
 
-def test_who_only_asks_for_the_head_takes_nothing(unix: HttpClient, tmp_path: Path) -> None:
-    run_id = unix.finish(agent(tmp_path, CLAUDIO_INTENTS="2"))["id"]
+def test_who_only_asks_for_the_head_takes_nothing(door: HttpClient, tmp_path: Path) -> None:
+    run_id = door.finish(agent(tmp_path, CLAUDIO_INTENTS="2"))["id"]
     path = f"/v1/runs/{run_id}/intents"
-    assert unix.ask("HEAD", path).status == 200
-    assert len(unix.get(path).json) == 2
-    assert unix.get(path).json == []
+    assert door.ask("HEAD", path).status == 200
+    assert len(door.get(path).json) == 2
+    assert door.get(path).json == []
 
 
 def test_clients_that_ask_at_once_get_every_intent_once(
-    house: ApiHouse, unix: HttpClient, tmp_path: Path
+    house: ApiHouse, door: HttpClient, tmp_path: Path
 ) -> None:
-    run_id = unix.finish(agent(tmp_path, CLAUDIO_INTENTS="3"))["id"]
+    run_id = door.finish(agent(tmp_path, CLAUDIO_INTENTS="3"))["id"]
     taken: list[str] = []
 
     def take() -> None:
-        answer = unix.get(f"/v1/runs/{run_id}/intents")
+        answer = door.get(f"/v1/runs/{run_id}/intents")
         taken.extend(each["intent_id"] for each in answer.json)
 
     threads = [threading.Thread(target=take) for _ in range(8)]

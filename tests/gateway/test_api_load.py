@@ -30,7 +30,7 @@ def active(api: HttpClient) -> tuple[int, int]:
 
 @pytest.mark.timeout(240)
 def test_two_hundred_runs_at_once_all_end_well(
-    house: ApiHouse, unix: HttpClient, tmp_path: Path
+    house: ApiHouse, door: HttpClient, tmp_path: Path
 ) -> None:
     opened = gate(tmp_path)
     script = f"{opened.wait_with_others}; echo done"
@@ -39,9 +39,9 @@ def test_two_hundred_runs_at_once_all_end_well(
     lock = threading.Lock()
 
     def start(some: int) -> None:
-        with unix.open() as connection:
+        with door.open() as connection:
             for _ in range(some):
-                answer = unix.ask("POST", "/v1/runs", {"file": str(spec)}, connection=connection)
+                answer = door.ask("POST", "/v1/runs", {"file": str(spec)}, connection=connection)
                 with lock:
                     answers.append(answer)
 
@@ -54,29 +54,29 @@ def test_two_hundred_runs_at_once_all_end_well(
     started = [answer.json["run_id"] for answer in answers]
     assert len(set(started)) == RUNS
     # None goes on before all are there, each with its machine and its stage.
-    assert eventually(lambda: active(unix) == (RUNS, RUNS), 200)
-    listed = unix.get("/v1/runs?state=active").json["runs"]
+    assert eventually(lambda: active(door) == (RUNS, RUNS), 200)
+    listed = door.get("/v1/runs?state=active").json["runs"]
     assert {run["id"] for run in listed} == set(started)
     assert {(run["active_stage_count"], run["active_microvm_count"]) for run in listed} == {(1, 1)}
     with opened.held_open():
-        ended = [unix.wait_end(run_id, 200) for run_id in started]
+        ended = [door.wait_end(run_id, 200) for run_id in started]
     for run in ended:
         assert (run["status"], run["report"]["output"]) == ("succeeded", "done\n")
         assert [event["seq"] for event in run["events"]] == list(range(len(run["events"])))
-    assert unix.get("/v1/runs?state=active").json == {"runs": []}
-    terminal = {run["id"] for run in unix.get("/v1/runs?state=terminal").json["runs"]}
+    assert door.get("/v1/runs?state=active").json == {"runs": []}
+    terminal = {run["id"] for run in door.get("/v1/runs?state=terminal").json["runs"]}
     assert set(started) <= terminal
 
 
-def test_starts_in_the_same_moment_are_runs_of_their_own(unix: HttpClient, tmp_path: Path) -> None:
+def test_starts_in_the_same_moment_are_runs_of_their_own(door: HttpClient, tmp_path: Path) -> None:
     """Those that fail at once too, whose ids are free again before the next start."""
     file = str(tmp_path / "nothing.yaml")
     answers: list[Answer] = []
 
     def start() -> None:
-        with unix.open() as connection:
+        with door.open() as connection:
             for _ in range(BAD // 20):
-                answer = unix.ask("POST", "/v1/runs", {"file": file}, connection=connection)
+                answer = door.ask("POST", "/v1/runs", {"file": file}, connection=connection)
                 answers.append(answer)
 
     threads = [threading.Thread(target=start) for _ in range(20)]

@@ -92,18 +92,18 @@ def inbox(**fields: object) -> bytes:
     ],
 )
 def test_an_inbox_that_is_not_one_is_refused_before_the_run_is_looked_for(
-    unix: HttpClient, waiting: str, body: bytes
+    door: HttpClient, waiting: str, body: bytes
 ) -> None:
     for run_id in (waiting, "nobody"):
-        answer = unix.ask("PUT", f"/v1/runs/{run_id}/inbox", body)
+        answer = door.ask("PUT", f"/v1/runs/{run_id}/inbox", body)
         assert answer.problem == (400, "INVALID_PARAMS", False)
 
 
 @pytest.mark.parametrize("missing", ["message_id", "from_candidate_id", "kind", "payload"])
-def test_a_message_needs_all_four_fields(unix: HttpClient, waiting: str, missing: str) -> None:
+def test_a_message_needs_all_four_fields(door: HttpClient, waiting: str, missing: str) -> None:
     entry = {key: value for key, value in ENTRY.items() if key != missing}
     for run_id in (waiting, "nobody"):
-        answer = unix.post(f"/v1/runs/{run_id}/messages", entry)
+        answer = door.post(f"/v1/runs/{run_id}/messages", entry)
         assert answer.problem == (400, "INVALID_PARAMS", False)
 
 
@@ -119,17 +119,17 @@ def test_without_a_sidecar_there_is_nothing_to_reach(api: HttpClient, tmp_path: 
     assert api.get("/v1/runs/nobody/intents").problem == (404, "NOT_FOUND", False)
 
 
-def test_a_run_without_messaging_has_no_sidecar(unix: HttpClient, tmp_path: Path) -> None:
-    run_id = unix.start(workflow(tmp_path, step("a", "echo up; sleep 600")))
-    unix.wait_log(run_id, "up")
-    assert "sidecar" not in unix.run(run_id)
+def test_a_run_without_messaging_has_no_sidecar(door: HttpClient, tmp_path: Path) -> None:
+    run_id = door.start(workflow(tmp_path, step("a", "echo up; sleep 600")))
+    door.wait_log(run_id, "up")
+    assert "sidecar" not in door.run(run_id)
     for answer in (
-        unix.get(f"/v1/runs/{run_id}/intents"),
-        unix.put(f"/v1/runs/{run_id}/inbox", INBOX),
+        door.get(f"/v1/runs/{run_id}/intents"),
+        door.put(f"/v1/runs/{run_id}/inbox", INBOX),
     ):
         assert answer.problem == (404, "NOT_FOUND", False)
         assert answer.json["message"] == "no sidecar for run"
-    unix.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
+    door.post(f"/v1/runs/{run_id}/cancel", {"grace_secs": 0})
 
 
 def test_an_agent_reads_its_inbox_and_its_intents_are_taken_once(
@@ -167,23 +167,23 @@ def test_an_agent_reads_its_inbox_and_its_intents_are_taken_once(
     assert api.get(f"/v1/runs/{run_id}/intents").json == []
 
 
-def test_intents_are_taken_while_the_run_goes_on(unix: HttpClient, tmp_path: Path) -> None:
-    run_id = unix.start(agent(tmp_path, CLAUDIO_INTENTS="1"))
-    unix.wait_type(run_id, "sidecar.intent_accepted")
-    (intent,) = unix.get(f"/v1/runs/{run_id}/intents").json
+def test_intents_are_taken_while_the_run_goes_on(door: HttpClient, tmp_path: Path) -> None:
+    run_id = door.start(agent(tmp_path, CLAUDIO_INTENTS="1"))
+    door.wait_type(run_id, "sidecar.intent_accepted")
+    (intent,) = door.get(f"/v1/runs/{run_id}/intents").json
     assert intent["kind"] == "signal"
-    unix.wait_end(run_id)
-    assert unix.get(f"/v1/runs/{run_id}/intents").json == []
+    door.wait_end(run_id)
+    assert door.get(f"/v1/runs/{run_id}/intents").json == []
 
 
 def test_a_message_pushed_before_there_is_an_inbox_makes_one(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
-    run_id = unix.start(agent(tmp_path, CLAUDIO_DELAY_MS="1500"))
-    unix.wait_type(run_id, "stage.started")
-    assert unix.post(f"/v1/runs/{run_id}/messages", ENTRY).json == {"ok": True}
-    unix.wait_end(run_id)
-    output = unix.get(f"/v1/runs/{run_id}/stages/scout/output-file").json
+    run_id = door.start(agent(tmp_path, CLAUDIO_DELAY_MS="1500"))
+    door.wait_type(run_id, "stage.started")
+    assert door.post(f"/v1/runs/{run_id}/messages", ENTRY).json == {"ok": True}
+    door.wait_end(run_id)
+    output = door.get(f"/v1/runs/{run_id}/stages/scout/output-file").json
     assert output["inbox_seen"] == ["m1"]
 
 
@@ -210,30 +210,30 @@ def test_what_is_said_in_a_session_is_kept_in_order(api: HttpClient) -> None:
     "body",
     [b"", b"{", b"[]", b'{"role": "user"}', b'{"content": "x"}', b'{"role": 1, "content": ""}'],
 )
-def test_a_message_of_a_session_that_is_not_one_is_refused(unix: HttpClient, body: bytes) -> None:
-    answer = unix.ask("POST", "/v1/sessions/s/messages", body)
+def test_a_message_of_a_session_that_is_not_one_is_refused(door: HttpClient, body: bytes) -> None:
+    answer = door.ask("POST", "/v1/sessions/s/messages", body)
     assert answer.problem == (400, "INVALID_SPEC", False)
 
 
-def test_sessions_are_apart_and_their_names_are_no_paths(unix: HttpClient, house: ApiHouse) -> None:
+def test_sessions_are_apart_and_their_names_are_no_paths(door: HttpClient, house: ApiHouse) -> None:
     before = sorted(house.supervisor.state_dir.parent.rglob("*"))
     for name in ("..%2F..%2Fup", "%2Fetc%2Fpasswd", "a%20b", "%C3%BC", "..%5Cx"):
         path = f"/v1/sessions/{name}/messages"
-        assert unix.post(path, {"role": "user", "content": name}).status == 200
-        assert [message["content"] for message in unix.get(path).json] == [name]
+        assert door.post(path, {"role": "user", "content": name}).status == 200
+        assert [message["content"] for message in door.get(path).json] == [name]
     after = sorted(house.supervisor.state_dir.parent.rglob("*"))
     assert [path for path in after if path not in before and "journal" not in path.name] == []
 
 
-def test_messages_of_a_session_that_come_at_once_are_all_kept(unix: HttpClient) -> None:
+def test_messages_of_a_session_that_come_at_once_are_all_kept(door: HttpClient) -> None:
     path = f"/v1/sessions/s-{uuid.uuid4()}/messages"
 
     def say(number: int) -> None:
-        unix.post(path, {"role": "user", "content": str(number)})
+        door.post(path, {"role": "user", "content": str(number)})
 
     threads = [threading.Thread(target=say, args=(number,)) for number in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(int(message["content"]) for message in unix.get(path).json) == list(range(16))
+    assert sorted(int(message["content"]) for message in door.get(path).json) == list(range(16))

@@ -39,32 +39,32 @@ def third_time_lucky(folder: Path) -> str:
 
 
 def test_an_agent_and_a_box_are_tried_as_often_as_the_policy_says_and_no_more(
-    unix: HttpClient, tmp_path: Path, kind: str
+    door: HttpClient, tmp_path: Path, kind: str
 ) -> None:
     spec = scripted_run(tmp_path, kind, third_time_lucky(tmp_path))
-    run = unix.finish(spec, policy={"max_stage_retries": 1})
+    run = door.finish(spec, policy={"max_stage_retries": 1})
     assert run["status"] == "failed"
     assert attempts(run) == [("failed", 1), ("failed", 2)]
     assert run["stage_states"]["it"]["status"] == "failed"
 
 
 def test_an_agent_and_a_box_that_succeed_at_last_have_succeeded(
-    unix: HttpClient, tmp_path: Path, kind: str
+    door: HttpClient, tmp_path: Path, kind: str
 ) -> None:
     spec = scripted_run(tmp_path, kind, third_time_lucky(tmp_path))
-    run = unix.finish(spec, policy={"max_stage_retries": 2})
+    run = door.finish(spec, policy={"max_stage_retries": 2})
     assert (run["status"], run["report"]["output"]) == ("succeeded", "good")
     assert attempts(run) == [("failed", 1), ("failed", 2), ("completed", 3)]
     machines = [event["event_type"] for event in run["events"]].count("machine.started")
     assert machines == (1 if kind == "agent" else 3)
-    (stage,) = unix.get(f"/v1/runs/{run['id']}/stages").json["stages"]
+    (stage,) = door.get(f"/v1/runs/{run['id']}/stages").json["stages"]
     assert (stage["status"], stage["stage_attempt"]) == ("succeeded", 3)
 
 
-def test_the_policys_time_is_each_attempts(unix: HttpClient, tmp_path: Path, kind: str) -> None:
+def test_the_policys_time_is_each_attempts(door: HttpClient, tmp_path: Path, kind: str) -> None:
     been = tmp_path / "been"
     script = f"test -e {been} || {{ touch {been}; exec sleep 600; }}; {LEAVE_OUTPUT}"
-    run = unix.finish(
+    run = door.finish(
         scripted_run(tmp_path, kind, script),
         policy={"stage_timeout_secs": 3, "max_stage_retries": 1},
     )
@@ -76,8 +76,8 @@ def test_the_policys_time_is_each_attempts(unix: HttpClient, tmp_path: Path, kin
 
 
 def test_an_agents_and_a_boxs_own_time_stands_over_the_policys(
-    unix: HttpClient, tmp_path: Path, kind: str
+    door: HttpClient, tmp_path: Path, kind: str
 ) -> None:
     spec = scripted_run(tmp_path, kind, f"sleep 1.5; {LEAVE_OUTPUT}", timeout_secs=30)
-    run = unix.finish(spec, policy={"stage_timeout_secs": 1, "max_stage_retries": 0})
+    run = door.finish(spec, policy={"stage_timeout_secs": 1, "max_stage_retries": 0})
     assert (run["status"], run["error"]) == ("succeeded", None)

@@ -70,24 +70,24 @@ def test_a_run_has_every_field_and_nulls_where_there_is_nothing(
 
 
 def test_stage_states_leave_out_the_times_that_are_not_there(
-    unix: HttpClient, tmp_path: Path, ended: dict[str, Any]
+    door: HttpClient, tmp_path: Path, ended: dict[str, Any]
 ) -> None:
     for stage in ("make", "show"):
         state = ended["stage_states"][stage]
         assert set(state) == {"status", "started_at", "completed_at"}
         assert state["status"] == "succeeded"
     broken = workflow(tmp_path, step("bad", "exit 3"), step("after", "true", "bad"))
-    states = unix.finish(broken)["stage_states"]
+    states = door.finish(broken)["stage_states"]
     assert states["bad"]["status"] == "failed"
     assert states["after"]["status"] == "skipped"
     assert "started_at" not in states["after"]
 
 
-def test_a_run_that_goes_on_shows_what_runs(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_shows_what_runs(door: HttpClient, tmp_path: Path) -> None:
     opened = gate(tmp_path)
-    run_id = unix.start(workflow(tmp_path, step("a", f"echo up; {opened.wait}")))
-    unix.wait_log(run_id, "up")
-    run = unix.run(run_id)
+    run_id = door.start(workflow(tmp_path, step("a", f"echo up; {opened.wait}")))
+    door.wait_log(run_id, "up")
+    run = door.run(run_id)
     assert (run["status"], run["active_stage_count"], run["active_microvm_count"]) == (
         "running",
         1,
@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_shows_what_runs(unix: HttpClient, tmp_path: Path) ->
     nothing_yet = ("error", "report", "terminal_event_id", "finished_at", "exit_code")
     assert [run[field] for field in nothing_yet] == [None] * 5
     opened.open()
-    assert unix.wait_end(run_id)["status"] == "succeeded"
+    assert door.wait_end(run_id)["status"] == "succeeded"
 
 
 def test_a_run_nobody_knows_is_not_found(api: HttpClient) -> None:
@@ -174,6 +174,6 @@ def test_runs_are_listed_whole_and_by_state(
     api.wait_end(active_id)
 
 
-def test_a_method_http_does_not_know_gets_an_error_like_any_other(unix: HttpClient) -> None:
-    answer = unix.ask("BREW", "/v1/health")
+def test_a_method_http_does_not_know_gets_an_error_like_any_other(door: HttpClient) -> None:
+    answer = door.ask("BREW", "/v1/health")
     assert answer.problem == (400, "INVALID_PARAMS", False)

@@ -26,32 +26,32 @@ def service(folder: Path, script: str) -> Path:
     ],
 )
 def test_the_ends_of_a_service_are_told_apart(
-    unix: HttpClient, tmp_path: Path, end: str, status: str, reason: str, exit_code: int
+    door: HttpClient, tmp_path: Path, end: str, status: str, reason: str, exit_code: int
 ) -> None:
     opened = gate(tmp_path)
-    run_id = unix.start(service(tmp_path, f"echo here > {REPORT}; {opened.wait}; {end}"))
-    unix.wait_type(run_id, "run.output_ready")
-    run = unix.run(run_id)
+    run_id = door.start(service(tmp_path, f"echo here > {REPORT}; {opened.wait}; {end}"))
+    door.wait_type(run_id, "run.output_ready")
+    run = door.run(run_id)
     assert (run["status"], run["terminal_reason"], run["output_ready"]) == ("running", None, True)
     opened.open()
-    run = unix.wait_end(run_id)
+    run = door.wait_end(run_id)
     assert (run["status"], run["terminal_reason"]) == (status, reason)
     assert run["exit_code"] == exit_code
     assert (run["report"]["kind"], run["output_ready"]) == ("service", True)
     # However it ended, what it had published stays.
     (entry,) = run["artifact_publication"]["manifest"]
-    assert unix.get(entry["retrieval_path"]).body == b"here\n"
+    assert door.get(entry["retrieval_path"]).body == b"here\n"
 
 
-def test_a_service_has_no_time_limit(unix: HttpClient, tmp_path: Path) -> None:
+def test_a_service_has_no_time_limit(door: HttpClient, tmp_path: Path) -> None:
     script = f"began=$(date +%s); sleep 2; echo $(($(date +%s) - began)) > {REPORT}; exec sleep 600"
-    run_id = unix.start(
+    run_id = door.start(
         service(tmp_path, script), policy={"stage_timeout_secs": 1, "max_stage_retries": 0}
     )
-    unix.wait_type(run_id, "run.output_ready")
-    run = unix.run(run_id)
+    door.wait_type(run_id, "run.output_ready")
+    run = door.run(run_id)
     assert run["status"] == "running"
     # By its own clock it is older than a stage may be.
     (entry,) = run["artifact_publication"]["manifest"]
-    assert int(unix.get(entry["retrieval_path"]).body) > 1
-    assert unix.post(f"/v1/runs/{run_id}/cancel").json["state"] == "cancelled"
+    assert int(door.get(entry["retrieval_path"]).body) > 1
+    assert door.post(f"/v1/runs/{run_id}/cancel").json["state"] == "cancelled"

@@ -60,7 +60,7 @@ def test_stages_are_shown_in_the_order_they_were_queued_with_what_became_of_them
     assert shown["updated_at"] == run["updated_at"]
 
 
-def test_stages_are_shown_while_the_run_goes_on(unix: HttpClient, tmp_path: Path) -> None:
+def test_stages_are_shown_while_the_run_goes_on(door: HttpClient, tmp_path: Path) -> None:
     opened = gate(tmp_path)
     spec = workflow(
         tmp_path,
@@ -68,9 +68,9 @@ def test_stages_are_shown_while_the_run_goes_on(unix: HttpClient, tmp_path: Path
         step("busy", f"echo up; {opened.wait}", "done"),
         step("next", "true", "busy"),
     )
-    run_id = unix.start(spec)
-    unix.wait_log(run_id, "up")
-    found = {stage["stage_name"]: stage for stage in stages(unix, run_id)}
+    run_id = door.start(spec)
+    door.wait_log(run_id, "up")
+    found = {stage["stage_name"]: stage for stage in stages(door, run_id)}
     assert {n: s["status"] for n, s in found.items()} == {
         "done": "succeeded",
         "busy": "running",
@@ -80,23 +80,23 @@ def test_stages_are_shown_while_the_run_goes_on(unix: HttpClient, tmp_path: Path
     assert (found["busy"]["completed_at"], found["next"]["started_at"]) == (None, None)
     # One that only waits is not among a run's states.
     opened.open()
-    unix.wait_end(run_id)
+    door.wait_end(run_id)
 
 
 def test_a_stage_that_is_tried_again_shows_the_attempt_and_only_its_outcome(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     opened = gate(tmp_path)
     script = f"echo x >> tries; test $(wc -l < tries) -ge 3 || exit 1; echo up; {opened.wait}"
-    run_id = unix.start(workflow(tmp_path, step("a", script)), policy={"max_stage_retries": 5})
-    unix.wait_log(run_id, "up")
-    (running,) = stages(unix, run_id)
+    run_id = door.start(workflow(tmp_path, step("a", script)), policy={"max_stage_retries": 5})
+    door.wait_log(run_id, "up")
+    (running,) = stages(door, run_id)
     assert (running["status"], running["stage_attempt"]) == ("running", 3)
     assert (running["completed_at"], running["exit_code"]) == (None, None)
     opened.open()
-    run = unix.wait_end(run_id)
+    run = door.wait_end(run_id)
     assert run["status"] == "succeeded"
-    (ended,) = stages(unix, run_id)
+    (ended,) = stages(door, run_id)
     assert (ended["status"], ended["stage_attempt"], ended["exit_code"]) == ("succeeded", 3, 0)
     attempts = [
         (event["event_type"], event["payload"]["stage_attempt"])
@@ -113,19 +113,19 @@ def test_a_stage_that_is_tried_again_shows_the_attempt_and_only_its_outcome(
     ]
 
 
-def test_a_pipelines_stages_are_its_boxes(unix: HttpClient, tmp_path: Path) -> None:
-    found = stages(unix, unix.finish(pipeline(tmp_path, box("p"), box("q")))["id"])
+def test_a_pipelines_stages_are_its_boxes(door: HttpClient, tmp_path: Path) -> None:
+    found = stages(door, door.finish(pipeline(tmp_path, box("p"), box("q")))["id"])
     assert [(s["stage_name"], s["box_name"], s["depends_on"]) for s in found] == [
         ("p", "p", []),
         ("q", "q", ["p"]),
     ]
 
 
-def test_a_sandbox_has_no_stages(unix: HttpClient, tmp_path: Path) -> None:
-    run_id = unix.start(write_spec(tmp_path, "sandbox"))
-    unix.wait_type(run_id, "sandbox.ready")
-    assert stages(unix, run_id) == []
-    unix.post(f"/v1/runs/{run_id}/cancel")
+def test_a_sandbox_has_no_stages(door: HttpClient, tmp_path: Path) -> None:
+    run_id = door.start(write_spec(tmp_path, "sandbox"))
+    door.wait_type(run_id, "sandbox.ready")
+    assert stages(door, run_id) == []
+    door.post(f"/v1/runs/{run_id}/cancel")
 
 
 def test_stages_of_a_run_nobody_knows_are_not_found(api: HttpClient) -> None:

@@ -70,9 +70,9 @@ def test_keys_of_a_start_that_nobody_knows_are_ignored(api: HttpClient, tmp_path
     ],
 )
 def test_a_start_that_is_not_what_it_should_be_is_an_invalid_spec(
-    unix: HttpClient, body: bytes
+    door: HttpClient, body: bytes
 ) -> None:
-    answer = unix.ask("POST", "/v1/runs", body, {"Content-Type": "application/json"})
+    answer = door.ask("POST", "/v1/runs", body, {"Content-Type": "application/json"})
     assert answer.problem == (400, "INVALID_SPEC", False)
 
 
@@ -92,11 +92,11 @@ def test_a_policy_that_makes_no_sense_is_refused_in_the_words_clients_know(
 
 
 def test_a_policy_is_shown_with_the_defaults_of_what_it_leaves_out(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     file = workflow(tmp_path, step("a", "true"))
     given = {"max_stage_retries": 0, "cancel_grace_period_secs": 0}
-    run = unix.finish(file, policy=given)
+    run = door.finish(file, policy=given)
     assert run["policy"] == {
         "max_parallel_microvms_per_run": 4,
         "max_stage_retries": 0,
@@ -110,11 +110,11 @@ def test_a_run_without_a_policy_shows_none(ended: dict[str, Any]) -> None:
 
 
 def test_a_body_that_is_no_utf_8_is_read_with_replacements(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     file = str(workflow(tmp_path, step("a", "echo out"))).encode()
-    answer = unix.ask("POST", "/v1/runs", b'{"file": "%s", "input": "a\xffb"}' % file)
-    run = unix.wait_end(answer.json["run_id"])
+    answer = door.ask("POST", "/v1/runs", b'{"file": "%s", "input": "a\xffb"}' % file)
+    run = door.wait_end(answer.json["run_id"])
     assert run["report"]["output"] == "a\ufffdb\nout\n"
 
 
@@ -135,13 +135,13 @@ def test_a_run_of_the_same_id_is_started_once(api: HttpClient, tmp_path: Path) -
     assert api.run(run_id)["events"] == run["events"]
 
 
-def test_starts_of_one_id_at_the_same_time_are_one_run(unix: HttpClient, tmp_path: Path) -> None:
+def test_starts_of_one_id_at_the_same_time_are_one_run(door: HttpClient, tmp_path: Path) -> None:
     file = str(workflow(tmp_path, step("a", "echo once")))
     run_id = f"race-{uuid.uuid4().hex[:8]}"
     answers: list[tuple[int, Any]] = []
 
     def start() -> None:
-        answer = unix.post("/v1/runs", {"file": file, "run_id": run_id})
+        answer = door.post("/v1/runs", {"file": file, "run_id": run_id})
         answers.append((answer.status, answer.json))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
@@ -154,27 +154,27 @@ def test_starts_of_one_id_at_the_same_time_are_one_run(unix: HttpClient, tmp_pat
     assert all(body["run_id"] == run_id for body in started)
     # One that came when the run had ended already is told that.
     assert all(body["code"] == "ALREADY_TERMINAL" for status, body in answers if status != 200)
-    run = unix.wait_end(run_id)
+    run = door.wait_end(run_id)
     assert [e["event_type"] for e in run["events"]].count("run.started") == 1
     assert [e["event_type"] for e in run["events"]].count("stage.started") == 1
 
 
-def test_starts_without_an_id_never_share_one(unix: HttpClient, tmp_path: Path) -> None:
+def test_starts_without_an_id_never_share_one(door: HttpClient, tmp_path: Path) -> None:
     file = str(workflow(tmp_path, step("a", "true")))
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(unix.start(file))) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: found.append(door.start(file))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(found)) == 6
     for run_id in found:
-        assert unix.wait_end(run_id)["status"] == "succeeded"
+        assert door.wait_end(run_id)["status"] == "succeeded"
 
 
 @pytest.mark.parametrize("run_id", ["", "../up", "a/b", "a b", ".", "..", "x" * 101, "a\0b", "ü"])
-def test_an_id_that_could_be_a_path_is_refused(unix: HttpClient, run_id: str) -> None:
-    answer = unix.post("/v1/runs", {"file": "/nowhere.yaml", "run_id": run_id})
+def test_an_id_that_could_be_a_path_is_refused(door: HttpClient, run_id: str) -> None:
+    answer = door.post("/v1/runs", {"file": "/nowhere.yaml", "run_id": run_id})
     assert answer.problem == (400, "INVALID_PARAMS", False)
 
 
@@ -287,10 +287,10 @@ STEP = {"name": "a", "run": {"program": "true"}}
     ],
 )
 def test_a_specification_that_breaks_a_rule_fails_in_the_words_clients_know(
-    unix: HttpClient, tmp_path: Path, sections: dict[str, Any], message: str
+    door: HttpClient, tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
     fields = {key: value for key, value in sections.items() if key != "kind"}
-    run = unix.finish(write_spec(tmp_path, sections["kind"], **fields))
+    run = door.finish(write_spec(tmp_path, sections["kind"], **fields))
     assert run["status"] == "failed"
     assert message in run["error"]
     (wrong,) = [e for e in run["events"] if e["event_type"] == "spec.parse_failed"]
@@ -299,7 +299,7 @@ def test_a_specification_that_breaks_a_rule_fails_in_the_words_clients_know(
 
 
 def test_yaml_is_told_from_json_by_the_name_and_keys_nobody_knows_are_ignored(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     document = {
         "kind": "workflow",
@@ -314,20 +314,20 @@ def test_yaml_is_told_from_json_by_the_name_and_keys_nobody_knows_are_ignored(
         "kind: workflow\nname: f\nsandbox: {mode: mock}\nworkflow:\n"
         "  steps:\n    - {name: a, run: {program: 'true'}}\n"
     )
-    assert unix.finish(json_file)["status"] == "succeeded"
-    assert unix.finish(yaml_file)["status"] == "succeeded"
+    assert door.finish(json_file)["status"] == "succeeded"
+    assert door.finish(yaml_file)["status"] == "succeeded"
 
 
 @pytest.mark.parametrize("asked", ["by the request", "by the specification"])
 def test_a_snapshot_is_passed_over_with_a_warning(
-    unix: HttpClient, tmp_path: Path, asked: str
+    door: HttpClient, tmp_path: Path, asked: str
 ) -> None:
     sandbox = {"mode": "mock"}
     if asked == "by the specification":
         sandbox["snapshot"] = "abc"
     spec = workflow(tmp_path, step("a", "true"), sandbox=sandbox)
     more = {"snapshot": "abc"} if asked == "by the request" else {}
-    run = unix.finish(spec, **more)
+    run = door.finish(spec, **more)
     assert run["status"] == "succeeded"
     (warning,) = [e for e in run["events"] if "no snapshots" in e["message"]]
     assert warning["level"] == "warn"

@@ -87,18 +87,18 @@ def test_a_stream_may_give_events_their_second_name(api: HttpClient, ended: dict
 
 
 def test_a_client_that_comes_back_again_and_again_misses_nothing(
-    unix: HttpClient, tmp_path: Path
+    door: HttpClient, tmp_path: Path
 ) -> None:
     opened = gate(tmp_path)
-    run_id = unix.start(workflow(tmp_path, step("a", f"{opened.wait}; seq 200")))
+    run_id = door.start(workflow(tmp_path, step("a", f"{opened.wait}; seq 200")))
     seen: list[dict[str, Any]] = []
     opened.open()
     while not seen or seen[-1]["event_type"] != "run.finished":
         headers = {"Last_Event_ID": seen[-1]["event_id"]} if seen else {}
-        with unix.stream(run_id, **headers) as stream:
+        with door.stream(run_id, **headers) as stream:
             for frame, _ in zip(stream, range(20), strict=False):
                 seen.append(frame.event)
-    assert seen == unix.events(run_id)
+    assert seen == door.events(run_id)
 
 
 def test_many_followers_all_get_everything(
@@ -173,16 +173,16 @@ def test_the_log_is_what_programs_printed(api: HttpClient, ended: dict[str, Any]
 )
 @pytest.mark.parametrize("follow", ["", "&follow=true"])
 def test_the_log_may_be_of_one_stage_and_one_stream(
-    unix: HttpClient, ended: dict[str, Any], query: str, lines: list[str], follow: str
+    door: HttpClient, ended: dict[str, Any], query: str, lines: list[str], follow: str
 ) -> None:
-    answer = unix.get(f"/v1/runs/{ended['id']}/logs?{query}{follow}")
+    answer = door.get(f"/v1/runs/{ended['id']}/logs?{query}{follow}")
     assert answer.text.splitlines() == lines
 
 
 def test_a_stream_of_the_log_that_is_not_there_is_refused(
-    unix: HttpClient, ended: dict[str, Any]
+    door: HttpClient, ended: dict[str, Any]
 ) -> None:
-    answer = unix.get(f"/v1/runs/{ended['id']}/logs?stream=stdin")
+    answer = door.get(f"/v1/runs/{ended['id']}/logs?stream=stdin")
     assert answer.problem == (400, "INVALID_PARAMS", False)
 
 
