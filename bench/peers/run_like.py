@@ -6,6 +6,7 @@ does.
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from voidbus.transport.message import Message, Right
 
 NODE = "run-bench"
 GENERATION = 1
+READY = b"ready\n"
 _PATIENCE = 20.0
 _MAIN = "from peers.run_like import main; main()"
 
@@ -90,8 +92,10 @@ class RunLike:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _MAIN, endpoints.rights[Right.WORK], "bench"],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        if not joined.wait(_PATIENCE):
+        # A link is there before what it leads to: the actors are started by its other end.
+        if not joined.wait(_PATIENCE) or not self._actors_are_there():
             self.close()
             raise TimeoutError("the run-like process did not join")
 
@@ -100,6 +104,11 @@ class RunLike:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _actors_are_there(self) -> bool:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], _PATIENCE)
+        return bool(readable) and self.process.stdout.readline() == READY
 
     def close(self) -> None:
         self.process.communicate(timeout=_PATIENCE)
@@ -113,6 +122,8 @@ def main() -> None:
     system = System(leaf)
     system.start(Echo, "echo")
     system.start(Worker, "worker")
+    sys.stdout.buffer.write(READY)
+    sys.stdout.buffer.flush()
     sys.stdin.buffer.read()
     system.stop(5.0)
     leaf.close()
