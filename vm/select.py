@@ -46,38 +46,53 @@ def select_machine(
     kvm: Callable[[], Support] = kvm_support,
 ) -> Selection:
     """The backend for a run's ``sandbox.mode``. Only ``mock`` gives a machine without
-    isolation; nothing falls back to it. ``kvm`` is given to those who ask for it only, until it
-    has run as much as QEMU has. Raises MachineError."""
-    if mode == "mock":
-        from voidbus.vm.process.machine import ProcessMachine
+    isolation; nothing falls back to it. Raises MachineError."""
+    match mode:
+        case "mock":
+            from voidbus.vm.process.machine import ProcessMachine
 
-        return Selection(
-            ProcessMachine, "sandbox.mode is mock: a local process, without any isolation"
-        )
-    if mode == "kvm":
-        return _select_kvm(kvm())
-    if mode not in ("auto", "local", "qemu"):
-        raise MachineError(
-            f"sandbox.mode {mode!r} is not known; it is auto, local, kvm, qemu or mock"
-        )
-    support = qemu()
-    if not support.works:
-        remedy = f": {support.remedy}" if support.remedy else ""
-        raise MachineError(
-            f"sandbox.mode {mode} needs a virtual machine: {support.detail}{remedy}; "
-            f"or {_UNISOLATED}"
-        )
-    from voidbus.vm.qemu.machine import QemuMachine
-
-    return Selection(QemuMachine, support.detail)
+            return Selection(
+                ProcessMachine, "sandbox.mode is mock: a local process, without any isolation"
+            )
+        case "kvm":
+            return _kvm(_required(mode, kvm(), "or set `sandbox.mode: qemu`"))
+        case "qemu":
+            return _qemu(_required(mode, qemu(), f"or {_UNISOLATED}"))
+        case "auto" | "local":
+            return _best(mode, qemu, kvm())
+    raise MachineError(f"sandbox.mode {mode!r} is not known; it is auto, local, kvm, qemu or mock")
 
 
-def _select_kvm(support: Support) -> Selection:
-    if not support.works:
-        remedy = f": {support.remedy}" if support.remedy else ""
-        raise MachineError(
-            f"sandbox.mode kvm: {support.detail}{remedy}; or set `sandbox.mode: qemu`"
-        )
+def _best(mode: str, qemu: Callable[[], Support], kvm: Support) -> Selection:
+    """KVM without QEMU where it works: it starts sooner. Else QEMU, and why it is not the other."""
+    if kvm.works:
+        return _kvm(kvm)
+    other = f"without QEMU it can't run: {kvm.detail}"
+    support = _required(mode, qemu(), f"{other}; or {_UNISOLATED}")
+    selection = _qemu(support)
+    # Both ask for the same accelerator first, and then their reasons are one.
+    if kvm.detail in support.detail:
+        return selection
+    return Selection(selection.machine, f"{support.detail}; {other}")
+
+
+def _required(mode: str, support: Support, otherwise: str) -> Support:
+    """``support``, of a machine that works. Raises MachineError."""
+    if support.works:
+        return support
+    remedy = f": {support.remedy}" if support.remedy else ""
+    raise MachineError(
+        f"sandbox.mode {mode} needs a virtual machine: {support.detail}{remedy}; {otherwise}"
+    )
+
+
+def _kvm(support: Support) -> Selection:
     from voidbus.vm.kvm.machine import KvmMachine
 
     return Selection(KvmMachine, support.detail)
+
+
+def _qemu(support: Support) -> Selection:
+    from voidbus.vm.qemu.machine import QemuMachine
+
+    return Selection(QemuMachine, support.detail)

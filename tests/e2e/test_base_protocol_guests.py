@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from guest_vm import with_init
-from machine_kit import WAIT, Guest, MakeGuest, Running, machines_of, run, shell
+from machine_kit import WAIT, Guest, MakeGuest, Running, run, shell
+from machine_kit import machines_of as guests_of
+from patience import SLOW
 from supervisor_kit import running_supervisor
-from vm_kit import BOOT_PATIENCE, ends, leftovers, qemus_of, vm_workflow
+from vm_kit import BOOT_PATIENCE, leftovers, machines_of, vm_workflow
 
 from voidbus.actors.messages.runs import RunStatus
 from voidbus.cli.event_line import log_text
@@ -19,11 +21,10 @@ from voidbus.vm.channel import ExecCall
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.guest.handshake import Flags
 from voidbus.vm.guest.telemetry_messages import TelemetryBatch
-from voidbus.vm.machine import StopStep
+from voidbus.vm.machine import Machine, StopStep
 from voidbus.vm.pty import PtyCall
-from voidbus.vm.qemu.machine import QemuMachine
 
-pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300 * SLOW)
 
 # The image's own agent, to which no flag but MULTIPLEX exists: it neither offers nor sees another.
 _BASE_AGENT = """#!/usr/bin/python3.11 -IS
@@ -38,17 +39,11 @@ sys.exit(main())
 ALLOWED = ("sh", "cat")
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeGuest]:
-    with machines_of(QemuMachine, tmp_path) as make:
-        yield make
-
-
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+def guest(kind: type[Machine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """One machine for the tests that leave it as they found it."""
     folder = tmp_path_factory.mktemp("base")
-    with machines_of(QemuMachine, folder) as make:
+    with guests_of(kind, folder) as make:
         image = with_init(folder, _BASE_AGENT)
         started = make(**image, env={"GREETING": "hello"}, allowed_commands=ALLOWED).start()
         assert started.channel.flags == Flags.MULTIPLEX
@@ -161,9 +156,11 @@ def test_it_turns_itself_off_when_asked(make: MakeGuest, tmp_path: Path) -> None
 
 
 def test_a_whole_run_works_and_one_is_cancelled_while_its_program_holds_the_guest(
-    tmp_path: Path,
+    kind: type[Machine], tmp_path: Path
 ) -> None:
-    image = {name: str(path) for name, path in with_init(tmp_path, _BASE_AGENT).items()}
+    image = {"mode": kind.name} | {
+        name: str(path) for name, path in with_init(tmp_path, _BASE_AGENT).items()
+    }
     steps = (("make", "echo kept > note"), ("show", "cat note"))
     with running_supervisor() as supervisor, supervisor.connect() as client:
         run_id = client.start(vm_workflow(tmp_path, *steps, **image))
@@ -173,8 +170,8 @@ def test_a_whole_run_works_and_one_is_cancelled_while_its_program_holds_the_gues
         busy = vm_workflow(tmp_path, ("busy", "echo up; sleep 600"), name="busy", **image)
         run_id = client.start(busy)
         client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-        (qemu,) = qemus_of(supervisor)
+        assert len(machines_of(supervisor)) == 1
         client.cancel(run_id, grace=0.5)
         assert client.wait_end(run_id, BOOT_PATIENCE).status == RunStatus.CANCELLED
-        assert ends(qemu, 0.0), "it is cancelled only when its machine is gone"
+        assert machines_of(supervisor) == [], "it is cancelled only when its machine is gone"
         assert leftovers(supervisor, run_id) == []

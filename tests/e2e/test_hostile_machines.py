@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from guest_vm import with_init
-from machine_kit import WAIT, MakeGuest, Running, machines_of, open_files, shell
+from machine_kit import WAIT, MakeGuest, Running, open_files, shell
+from patience import SLOW
 
 from voidbus.vm.channel import ExecCall
 from voidbus.vm.machine import Forward, MachineError
-from voidbus.vm.qemu.machine import QemuMachine
 
-pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300 * SLOW)
 
 BOUND = 64 * 1024 * 1024
 """What a flood may add to this process's memory (bytes): buffers of every layer, and slack."""
@@ -47,12 +46,6 @@ sys.exit(main())
 def resident() -> int:
     """Resident memory of this process (bytes), proc_pid_statm(5)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeGuest]:
-    with machines_of(QemuMachine, tmp_path) as make:
-        yield make
 
 
 def test_a_guest_that_floods_its_console_is_slowed_and_its_start_ends_in_time(

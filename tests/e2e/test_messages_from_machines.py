@@ -6,17 +6,17 @@ import json
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from machine_kit import WAIT, Guest, Running, machines_of, run, shell
+from machine_kit import WAIT, Guest, MakeGuest, Running, machines_of, run, shell
 from mcp_kit import call, message
+from patience import SLOW
 from sidecar_kit import RunningSidecar, entry, inbox, running_sidecar
 
 from voidbus.vm.channel import ExecCall
-from voidbus.vm.qemu.machine import QemuMachine
+from voidbus.vm.machine import Machine
 
-pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300 * SLOW)
 
 
 class Place:
@@ -52,11 +52,13 @@ class Place:
     params=["vsock", pytest.param("card", marks=pytest.mark.needs("passt"))],
 )
 def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    kind: type[Machine],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Place]:
     network = request.param == "card"
     folder = tmp_path_factory.mktemp("machine")
-    with running_sidecar() as sidecar, machines_of(QemuMachine, folder) as make:
+    with running_sidecar() as sidecar, machines_of(kind, folder) as make:
         assert not isinstance(sidecar.address, str)
         guest = make(network=network).start()
         host, port = sidecar.address
@@ -157,7 +159,7 @@ def test_a_host_port_that_was_not_named_is_refused(place: Place) -> None:
 
 
 @pytest.mark.needs("passt")
-def test_a_port_that_the_specification_names_is_reached_and_no_other(tmp_path: Path) -> None:
+def test_a_port_that_the_specification_names_is_reached_and_no_other(make: MakeGuest) -> None:
     code = (
         "import socket, sys\n"
         "try:\n"
@@ -170,7 +172,6 @@ def test_a_port_that_the_specification_names_is_reached_and_no_other(tmp_path: P
     with (
         socket.create_server(("127.0.0.1", 0)) as named,
         socket.create_server(("127.0.0.1", 0)) as other,
-        machines_of(QemuMachine, tmp_path) as make,
     ):
         named.settimeout(WAIT)
         other.settimeout(0)

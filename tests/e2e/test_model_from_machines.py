@@ -7,14 +7,16 @@ import mmap
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 from scripted_model import LAST_WORDS, scripted_model
 from supervisor_kit import running_supervisor
-from vm_kit import BOOT_PATIENCE, qemus_of
+from vm_kit import BOOT_PATIENCE, machines_of
 
 from voidbus.actors.messages.runs import RunStatus
 from voidbus.cli.event_line import log_text
+from voidbus.vm.machine import Machine
 
-pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300 * SLOW)
 
 KEY = "sk-ant-never-in-a-guest"
 # The guest's Python has no HTTP client.
@@ -38,13 +40,13 @@ open("/workspace/output.json", "w").write('{"status": "ok"}')
 """
 
 
-def test_the_key_is_added_outside_of_the_guest(tmp_path: Path) -> None:
+def test_the_key_is_added_outside_of_the_guest(kind: type[Machine], tmp_path: Path) -> None:
     with scripted_model() as model, running_supervisor(ANTHROPIC_API_KEY=KEY) as supervisor:
         path = tmp_path / "ask.json"
         spec = {
             "kind": "agent",
             "name": "ask",
-            "sandbox": {"mode": "qemu", "memory_mb": 256},
+            "sandbox": {"mode": kind.name, "memory_mb": 256},
             "llm": {"provider": "claude", "base_url": model.url, "max_requests": 1},
             "agent": {"prompt": "x", "command": {"program": "python3", "args": ["-c", ASK]}},
         }
@@ -70,13 +72,15 @@ def test_the_key_is_added_outside_of_the_guest(tmp_path: Path) -> None:
     }
 
 
-def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(tmp_path: Path) -> None:
+def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(
+    kind: type[Machine], tmp_path: Path
+) -> None:
     with scripted_model() as model, running_supervisor(ANTHROPIC_API_KEY=KEY) as supervisor:
         path = tmp_path / "ask.json"
         spec = {
             "kind": "agent",
             "name": "ask",
-            "sandbox": {"mode": "qemu", "memory_mb": 256, "env": {"WAIT": "1"}},
+            "sandbox": {"mode": kind.name, "memory_mb": 256, "env": {"WAIT": "1"}},
             "llm": {"provider": "claude", "base_url": model.url},
             "agent": {"prompt": "x", "command": {"program": "python3", "args": ["-c", ASK]}},
         }
@@ -85,8 +89,8 @@ def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(tmp_path: P
             run_id = client.start(path)
             # It has asked the model, with what it has for a key; its disk is in its memory.
             client.wait_for(run_id, lambda event: log_text(event) == "waiting", BOOT_PATIENCE)
-            (qemu,) = qemus_of(supervisor)
-            found = memory_with(qemu, (KEY.encode(), b"x-api-key: voidbus-"))
+            (machine,) = machines_of(supervisor)
+            found = memory_with(machine, (KEY.encode(), b"x-api-key: voidbus-"))
             client.cancel(run_id)
             client.wait_end(run_id, BOOT_PATIENCE)
         ((_, headers, _),) = model.requests
@@ -98,13 +102,16 @@ def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(tmp_path: P
         assert KEY not in supervisor.log
 
 
-def memory_with(qemu: int, wanted: tuple[bytes, ...]) -> set[bytes]:
-    """Which of these byte strings are anywhere in the memory of a QEMU's guest."""
+def memory_with(machine: int, wanted: tuple[bytes, ...]) -> set[bytes]:
+    """Which of these byte strings are anywhere in the memory of a process's guest."""
     found: set[bytes] = set()
+    names = ("memfd:memory-backend", "memfd:voidbus-guest")  # QEMU's, ours
     memories = [
-        link for link in Path(f"/proc/{qemu}/fd").iterdir() if "memory" in str(link.readlink())
+        link
+        for link in Path(f"/proc/{machine}/fd").iterdir()
+        if any(name in str(link.readlink()) for name in names)
     ]
-    assert memories, "the guest's memory is a memfd of QEMU's"
+    assert memories, "the guest's memory is a memfd"
     for link in memories:
         with link.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
             found |= {text for text in wanted if memory.find(text) >= 0}

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from guest_vm import eventually
+from patience import SLOW
 from supervisor_kit import PATIENCE, Client, Supervisor, kill, running_supervisor
-from vm_kit import BOOT_PATIENCE, ends, leftovers, parent_of, qemus_of, vm_agent, vm_workflow
+from vm_kit import BOOT_PATIENCE, ends, leftovers, machines_of, vm_agent, vm_workflow
 
 from voidbus.actors.messages.artifacts import ArtifactPart, ReadArtifact
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole, RunStatus
@@ -24,8 +25,12 @@ from voidbus.actors.messages.sidecar import IntentList, PutInbox, ReadIntents, S
 from voidbus.actors.runtime.process import identity_of
 from voidbus.cli.event_line import log_text
 from voidbus.sidecar.model import InboxEntry, InboxSnapshot
+from voidbus.vm.machine import Machine
 
-pytestmark = [pytest.mark.needs("vm"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300 * SLOW)
+
+ENDS_SECONDS = 20.0 * SLOW
+"""For a process to end, or what it leaves to be tidied away, once nothing keeps it."""
 
 
 def open_files(supervisor: Supervisor) -> Counter[str]:
@@ -69,16 +74,18 @@ INBOX = InboxSnapshot(
     "network", [False, pytest.param(True, marks=pytest.mark.needs("passt"))], ids=["vsock", "card"]
 )
 def test_an_agent_finds_its_skill_reads_context_and_inbox_and_reports_to_its_leader(
-    supervisor: Supervisor, client: Client, tmp_path: Path, network: bool
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path, network: bool
 ) -> None:
-    spec = vm_agent(tmp_path, network=network, CLAUDIO_TURNS="2", CLAUDIO_INTENTS="2")
+    spec = vm_agent(
+        tmp_path, mode=kind.name, network=network, CLAUDIO_TURNS="2", CLAUDIO_INTENTS="2"
+    )
     run_id = client.start(spec)
     # The inbox is there before the agent looks: the sidecar is up before the machine.
     put = client.ask_until("runs", PutInbox(run_id=run_id, inbox=INBOX))
     assert isinstance(put, SidecarState)
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert (state.status, state.error) == (RunStatus.SUCCEEDED, None)
-    assert (state.machine or "").startswith("qemu")
+    assert (state.machine or "").startswith(kind.name)
     assert "Skills: void-messaging." in printed(client, run_id)
     output = structured_output(client, run_id)
     assert (output["iteration_seen"], output["inbox_seen"]) == (INBOX.iteration, ["m1"])
@@ -91,9 +98,11 @@ def test_an_agent_finds_its_skill_reads_context_and_inbox_and_reports_to_its_lea
 
 
 def test_an_agent_finds_its_mcp_server_and_its_calls_arrive_on_the_host(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
-    run_id = client.start(vm_agent(tmp_path, "tools", CLAUDIO_MCP="1", CLAUDIO_INTENTS="0"))
+    run_id = client.start(
+        vm_agent(tmp_path, "tools", mode=kind.name, CLAUDIO_MCP="1", CLAUDIO_INTENTS="0")
+    )
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert (state.status, state.error) == (RunStatus.SUCCEEDED, None)
     assert "Skills: void-messaging." in printed(client, run_id)
@@ -111,9 +120,11 @@ def test_an_agent_finds_its_mcp_server_and_its_calls_arrive_on_the_host(
 
 
 def test_a_workflow_shares_its_machine_and_its_files(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
-    spec = vm_workflow(tmp_path, ("write", "echo kept > note"), ("read", "sleep 0.2; cat note"))
+    spec = vm_workflow(
+        tmp_path, ("write", "echo kept > note"), ("read", "sleep 0.2; cat note"), mode=kind.name
+    )
     run_id = client.start(spec)
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert state.status == RunStatus.SUCCEEDED
@@ -121,7 +132,7 @@ def test_a_workflow_shares_its_machine_and_its_files(
 
 
 def test_directories_of_the_host_are_mounted_as_the_specification_says(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
     given, wanted = tmp_path / "given", tmp_path / "wanted"
     given.mkdir()
@@ -129,6 +140,7 @@ def test_directories_of_the_host_are_mounted_as_the_specification_says(
     spec = vm_workflow(
         tmp_path,
         ("copy", "cp /data/in.txt /out/out.txt && ! touch /data/no 2>/dev/null"),
+        mode=kind.name,
         mounts=[
             {"host": str(given), "guest": "/data"},
             {"host": str(wanted), "guest": "/out", "mode": "rw"},
@@ -142,29 +154,29 @@ def test_directories_of_the_host_are_mounted_as_the_specification_says(
 
 
 def test_a_directory_that_is_not_there_fails_the_run_before_a_machine_starts(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
     mounts = [{"host": str(tmp_path / "nothing"), "guest": "/data"}]
-    run_id = client.start(vm_workflow(tmp_path, ("never", "true"), mounts=mounts))
+    run_id = client.start(vm_workflow(tmp_path, ("never", "true"), mode=kind.name, mounts=mounts))
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert state.status == RunStatus.FAILED
     assert str(tmp_path / "nothing") in (state.error or "")
 
 
 def test_the_console_is_shown_while_a_run_goes_on_and_after_it(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
-    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60")))
+    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60"), mode=kind.name))
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
     live = client.ask("runs", ReadConsole(run_id=run_id))
     assert isinstance(live, ConsoleText)
-    (qemu,) = qemus_of(supervisor)
-    run_process = parent_of(qemu)
+    run_process = client.state(run_id).run_process
+    assert run_process is not None
     client.cancel(run_id, grace=10)
     client.wait_end(run_id, BOOT_PATIENCE)
-    assert ends(run_process, 20)
+    assert ends(run_process, ENDS_SECONDS)
     gone = supervisor.state_dir / "runs" / run_id
-    assert eventually(lambda: not gone.exists(), 20)
+    assert eventually(lambda: not gone.exists(), ENDS_SECONDS)
     kept = client.ask_until("runs", ReadConsole(run_id=run_id))
     assert isinstance(kept, ConsoleText)
     assert kept.text.startswith(live.text[:1000])
@@ -173,30 +185,30 @@ def test_the_console_is_shown_while_a_run_goes_on_and_after_it(
 
 GRACE = 5.0
 
-BEYOND_GRACE = 5.0
+BEYOND_GRACE = 5.0 * SLOW
 """What a machine may take to be gone once the grace is over (seconds). Half of it is for its end
-in order, after which QEMU is killed ("Cancel" in docs/architecture.md); the other half, more than
+in order, after which it is killed ("Cancel" in docs/architecture.md); the other half, more than
 the machines' own KILL_SECONDS, is a busy host's to carry that out."""
 
 
 @pytest.mark.parametrize("moment", ["booting", "executing", "streaming"])
 def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
-    supervisor: Supervisor, client: Client, tmp_path: Path, moment: str
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path, moment: str
 ) -> None:
     script = "echo up; yes" if moment == "streaming" else "trap '' TERM; echo up; sleep 60"
     # What a supervisor opens for its first run stays open.
     first = client.start(vm_workflow(tmp_path, ("first", "true"), name="first", mode="mock"))
     client.wait_end(first, BOOT_PATIENCE)
     before = open_files(supervisor)
-    run_id = client.start(vm_workflow(tmp_path, ("busy", script)))
+    run_id = client.start(vm_workflow(tmp_path, ("busy", script), mode=kind.name))
     if moment == "booting":
-        client.wait_for(run_id, lambda _: bool(qemus_of(supervisor)), BOOT_PATIENCE)
+        client.wait_for(run_id, lambda _: bool(machines_of(supervisor)), BOOT_PATIENCE)
     else:
         client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-    (qemu,) = qemus_of(supervisor)
-    run_process = parent_of(qemu)
+    run_process = client.state(run_id).run_process
+    assert run_process is not None
     # Taken before the cancel: nobody else's process can be mistaken for it.
-    machine = os.pidfd_open(qemu)
+    machine = os.pidfd_open(*machines_of(supervisor))
     try:
         began = time.monotonic()
         client.cancel(run_id, grace=GRACE)
@@ -209,58 +221,69 @@ def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
     assert took >= GRACE or moment != "executing"
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert state.status == RunStatus.CANCELLED
-    assert ends(run_process, 20)
+    assert ends(run_process, ENDS_SECONDS)
     assert leftovers(supervisor, run_id) == []
-    assert qemus_of(supervisor) == []
+    assert machines_of(supervisor) == []
     # A descriptor of the supervisor's is closed a moment after what it tells of. One more socket
     # is this client's, which follows events by now.
     ours = Counter({"socket:[N]": 1})
-    assert eventually(lambda: open_files(supervisor) - before <= ours, 20), open_files(supervisor)
+    assert eventually(lambda: open_files(supervisor) - before <= ours, ENDS_SECONDS), (
+        open_files(supervisor) - before
+    )
 
 
 def test_a_killed_run_process_takes_its_machine_with_it(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    kind: type[Machine], supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
-    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60")))
+    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60"), mode=kind.name))
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-    (qemu,) = qemus_of(supervisor)
-    kill(parent_of(qemu))
-    assert ends(qemu, 20)
+    (machine,) = machines_of(supervisor)
+    run_process = client.state(run_id).run_process
+    assert run_process is not None
+    kill(run_process)
+    assert ends(machine, ENDS_SECONDS)
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert state.status == RunStatus.FAILED
     assert "SIGKILL" in (state.error or "")
     assert leftovers(supervisor, run_id) == []
 
 
-def test_a_killed_supervisor_finds_the_machine_running_when_it_returns(tmp_path: Path) -> None:
+def test_a_killed_supervisor_finds_the_machine_running_when_it_returns(
+    kind: type[Machine], tmp_path: Path
+) -> None:
     with running_supervisor() as supervisor:
         with supervisor.connect() as client:
             run_id = client.start(
-                vm_workflow(tmp_path, ("wait", "echo up; while [ ! -e go ]; do sleep 0.1; done"))
+                vm_workflow(
+                    tmp_path,
+                    ("wait", "echo up; while [ ! -e go ]; do sleep 0.1; done"),
+                    mode=kind.name,
+                )
             )
             client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-            (qemu,) = qemus_of(supervisor)
-            before = identity_of(qemu)
+            (machine,) = machines_of(supervisor)
+            before = identity_of(machine)
         supervisor.kill()
         supervisor.start()
         with supervisor.connect() as client:
             state = client.state(run_id)
             assert state.status == RunStatus.RUNNING
-            assert identity_of(qemu) == before
+            assert identity_of(machine) == before
             client.cancel(run_id, grace=10)
             client.wait_end(run_id, BOOT_PATIENCE)
             seqs = [event.seq for event in client.events(run_id)]
             assert seqs == list(range(len(seqs)))
-        assert ends(qemu, 20)
+        assert ends(machine, ENDS_SECONDS)
 
 
-def test_a_machine_that_ends_by_itself_fails_its_run_with_the_reason(
+@pytest.mark.needs("vm")
+def test_a_qemu_that_is_killed_fails_its_run_with_the_reason(
     supervisor: Supervisor, client: Client, tmp_path: Path
 ) -> None:
-    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60")))
+    run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60"), mode="qemu"))
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-    (qemu,) = qemus_of(supervisor)
-    os.kill(qemu, signal.SIGKILL)
+    (machine,) = machines_of(supervisor)
+    os.kill(machine, signal.SIGKILL)
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert state.status == RunStatus.FAILED
     assert "QEMU was killed by SIGKILL" in (state.error or "")

@@ -20,7 +20,7 @@ LINE = (
     f"console=ttyS0 quiet panic=-1 reboot=t voidbox.secret={SECRET} voidbox.clock=1700000000.5 "
     "voidbus.hostname=run-1 voidbus.net=10.0.2.15/24,10.0.2.2,10.0.2.3 voidbus.layers=vda,vdb "
     "voidbox.mount0=mount0:/workspace/in:ro voidbox.mount1=mount1:/workspace/out:rw "
-    "voidbus.marks=1552"
+    "voidbus.marks=3489656832"
 )
 
 
@@ -29,7 +29,7 @@ def test_a_whole_line_is_understood() -> None:
     assert line.secret == bytes.fromhex(SECRET)
     assert line.clock == 1700000000.5
     assert line.hostname == "run-1"
-    assert line.marks == 0x610
+    assert line.marks == 0xCFFF_F000
     assert line.network == NetworkSettings("10.0.2.15", 24, "10.0.2.2", ("10.0.2.3",))
     assert line.layers == ("/dev/vda", "/dev/vdb")
     assert line.shares == (
@@ -108,8 +108,9 @@ def test_a_mount_stays_out_of_what_belongs_to_the_machine(path: str) -> None:
         ("voidbox.clock", "-5"),
         ("voidbox.clock", "99999999999999"),
         ("voidbox.clock", "nan"),
-        ("voidbus.marks", "65536"),
-        ("voidbus.marks", "0x610"),
+        ("voidbus.marks", "4294967296"),
+        ("voidbus.marks", "3489656833"),
+        ("voidbus.marks", "0xcffff000"),
         ("voidbus.marks", "-1"),
         ("voidbus.hostname", "a.b"),
         ("voidbus.hostname", "-a"),

@@ -43,10 +43,13 @@ for place in tmp run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
 chmod 1777 /root/tmp
 chmod 666 /root/dev/kvm /root/dev/vhost-vsock
 ip link set lo up
-cp /command /root/run/command
-chroot /root /bin/sh /run/command
+cp /bin/busybox /command /ending /root/run
+# Not chroot: what is in one may make no user namespace (unshare(2), EPERM), as passt does.
+exec switch_root /root /run/busybox sh /run/ending
+"""
+_ENDING = r"""/bin/sh /run/command
 echo "lab: exit $?"
-poweroff -f
+/run/busybox poweroff -f
 """
 
 
@@ -99,6 +102,7 @@ def entries(kernel: Path, command: list[str]) -> list[Entry]:
         regular("bin/busybox", busybox.read_bytes(), 0o755),
         regular("init", _INIT.encode(), 0o755),
         regular("command", script.encode(), 0o644),
+        regular("ending", _ENDING.encode(), 0o644),
         regular("order", "\n".join(file.name for file in modules).encode(), 0o644),
         *(regular(f"modules/{file.name}", file.read_bytes(), 0o644) for file in modules),
     ]
@@ -121,7 +125,7 @@ def main() -> int:
                 *("-m", "3G", "-smp", "2", "-nodefaults", "-no-reboot", "-display", "none"),
                 *("-serial", "stdio", "-kernel", image, "-initrd", initramfs.name),
                 *("-virtfs", _SHARE),
-                *("-append", "console=ttyS0 quiet panic=-1"),
+                *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -160,7 +160,8 @@ class Client:
         return accepted.run_id
 
     def cancel(self, run_id: str, reason: str | None = None, grace: float | None = None) -> Message:
-        return self.ask("runs", CancelRun(run_id=run_id, reason=reason, grace=grace))
+        cancel = CancelRun(run_id=run_id, reason=reason, grace=grace)
+        return self.ask_until("runs", cancel)
 
     def state(self, run_id: str) -> RunState:
         state = self.ask_until("journal", InspectRun(run_id=run_id))

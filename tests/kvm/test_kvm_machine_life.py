@@ -35,15 +35,11 @@ TURN_OFF = """
     ee              ; out dx, al
 """
 TELL = """
-    66 ba 10 06     ; mov dx, 0x610
-    b0 01           ; mov al, 1: the first program runs
-    ee              ; out dx, al
-    b0 63           ; mov al, 99: no mark
-    ee              ; out dx, al
-    b0 02           ; mov al, 2: the agent serves
-    ee              ; out dx, al
-    b0 01           ; mov al, 1, again
-    ee              ; out dx, al
+    bf 00 f0 ff cf  ; mov edi, 0xcffff000
+    c6 07 01        ; mov byte [rdi], 1: the first program runs
+    c6 07 63        ; mov byte [rdi], 99: no mark
+    c6 07 02        ; mov byte [rdi], 2: the agent serves
+    c6 07 01        ; mov byte [rdi], 1, again
 """
 ENDLESS = """
     eb fe           ; jmp to itself

@@ -74,11 +74,16 @@ class Boot:
         """Tell a host that wants to know how far the boot has come."""
         if self.line.marks is None:
             return
+        import mmap  # few hosts want to know, and loading it takes a moment
+
         try:
-            with open("/dev/port", "wb", buffering=0) as port:  # noqa: PTH123 - pathlib loads slowly
-                port.seek(self.line.marks)
-                port.write(bytes([mark]))
-        except OSError:
+            memory = os.open("/dev/mem", os.O_RDWR | os.O_SYNC | os.O_CLOEXEC)
+            try:
+                with mmap.mmap(memory, mmap.PAGESIZE, offset=self.line.marks) as page:
+                    page[0] = mark
+            finally:
+                os.close(memory)
+        except (OSError, ValueError):
             pass  # a kernel without it boots as well
 
     def step(self, text: str) -> None:

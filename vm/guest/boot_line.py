@@ -5,7 +5,7 @@ Keys of the protocol ("Guest agent boot"): ``voidbox.secret``, ``voidbox.clock``
 card, ``voidbox.mount<N>=mount<N>:<guest path>:<ro|rw>``, ``voidbox.oci_rootfs=<path>``,
 ``voidbox.oci_rootfs_dev=<device>``. Our own:
 ``voidbus.hostname=``, ``voidbus.net=<address>/<prefix>,<gateway>[,<DNS server>...]``,
-``voidbus.layers=vda,vdb``, ``voidbus.more=vda``, ``voidbus.marks=<port>``.
+``voidbus.layers=vda,vdb``, ``voidbus.more=vda``, ``voidbus.marks=<address>``.
 
 A value that can't be used becomes a fault, never an exception: a machine that stays silent is
 worse than one that says what it lacks. A fault never repeats the secret.
@@ -28,8 +28,9 @@ MORE_BYTES = 64 * 1024
 CLOCK_LIMIT = 2**33
 """The latest time believed, in seconds since 1970: the year 2242."""
 
-LAST_PORT = 0xFFFF
-"""The last port of I/O there is on x86."""
+_PAGE = 4096
+_ADDRESS_END = 1 << 32
+"""Registers that are to be told something lie below: there every host has its devices."""
 
 RESERVED = ("/proc", "/sys", "/dev", "/run/voidbus", "/opt/voidbus", "/usr/lib/voidbus")
 """Where nothing of the host may be mounted over, nor below."""
@@ -62,9 +63,9 @@ class NetworkSettings(NamedTuple):
 class BootLine:
     """The keys, each with what it means when it is absent: None, or an empty tuple.
 
-    ``clock`` is seconds since 1970; ``marks`` is the port of I/O that is told how far the boot has
-    come; ``layers``, ``rootfs_device`` and ``more``, which holds
-    further keys, are paths below /dev; ``rootfs_path`` is where the root file system was or is to
+    ``clock`` is seconds since 1970; ``marks`` is the address of the register that is told how far
+    the boot has come; ``layers``, ``rootfs_device`` and ``more``, which holds further keys, are
+    paths below /dev; ``rootfs_path`` is where the root file system was or is to
     be mounted; ``restart`` tells that the machine ends by a restart (``reboot=t``) and not by
     turning its power off; ``faults`` are the values that could not be used.
     """
@@ -159,16 +160,22 @@ def _read_identity(line: BootLine, values: dict[str, str], faults: list[str]) ->
             faults.append(f"voidbox.clock={_shown(clock)}: not seconds since 1970")
     marks = values.get("voidbus.marks")
     if marks is not None:
-        if marks.isascii() and marks.isdigit() and len(marks) <= 5 and int(marks) <= LAST_PORT:
-            line.marks = int(marks)
-        else:
-            faults.append(f"voidbus.marks={_shown(marks)}: not a port")
+        line.marks = _page(marks)
+        if line.marks is None:
+            faults.append(f"voidbus.marks={_shown(marks)}: not the address of a page below 4 GiB")
     hostname = values.get("voidbus.hostname")
     if hostname is not None:
         if _is_hostname(hostname):
             line.hostname = hostname
         else:
             faults.append(f"voidbus.hostname={_shown(hostname)}: not 1 to 63 letters, digits or -")
+
+
+def _page(text: str) -> int | None:
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(_ADDRESS_END))):
+        return None
+    address = int(text)
+    return address if address < _ADDRESS_END and address % _PAGE == 0 else None
 
 
 def _clock(text: str) -> float | None:

@@ -1,14 +1,17 @@
-"""The port by which a guest tells how far its boot has come."""
+"""The register by which a guest tells how far its boot has come."""
 
 from __future__ import annotations
 
 import time
 
 from voidbus.vm.devices.bus import Registers
+from voidbus.vm.devices.memory import PAGE
+from voidbus.vm.kvm.memory import LOW_END
 
-MARKS_PORT = 0x610
-"""Where it is: beside the sleep registers, where a PC has nothing."""
-PORTS = 1
+MARKS_ADDRESS = LOW_END + 0x0FFF_F000
+"""Where it is: before the virtio devices, on a page of its own, for a guest's program maps it. A
+port would be simpler, but Debian's kernel for clouds has no /dev/port."""
+MARKS_BYTES = PAGE
 
 _NAMES = {1: "init", 2: "agent"}
 """What the guest writes (`vm/guest/boot.py`): its first program runs, its agent answers."""

@@ -30,7 +30,7 @@ from voidbus.vm.guest.boot_line import MORE_BYTES
 from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage
 from voidbus.vm.kvm.acpi_tables import MmioDevice
-from voidbus.vm.kvm.boot_marks import MARKS_PORT
+from voidbus.vm.kvm.boot_marks import MARKS_ADDRESS
 from voidbus.vm.kvm.kernel_line import kernel_line
 from voidbus.vm.kvm.memory import LOW_END
 from voidbus.vm.kvm.virtual_machine import IO_APIC_PINS
@@ -110,7 +110,7 @@ class GuestDevices:
         """Open everything; only what serves the network runs yet. Once. Raises OSError, ValueError,
         ImageError, MountError, NetworkError; ``close`` is due all the same."""
         spec = self._spec
-        self._arguments = [*first_arguments(spec), f"voidbus.marks={MARKS_PORT}"]
+        self._arguments = [*first_arguments(spec), f"voidbus.marks={MARKS_ADDRESS}"]
         # A path through the opened directory is short, however long the directory's own is.
         folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open.callback(os.close, folder)

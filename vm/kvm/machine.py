@@ -21,8 +21,7 @@ from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage, ImageError
 from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
 from voidbus.vm.kvm.acpi_tables import SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL
-from voidbus.vm.kvm.boot_marks import MARKS_PORT, BootMarks
-from voidbus.vm.kvm.boot_marks import PORTS as MARKS_PORTS
+from voidbus.vm.kvm.boot_marks import MARKS_ADDRESS, MARKS_BYTES, BootMarks
 from voidbus.vm.kvm.calls import KvmError
 from voidbus.vm.kvm.ending import Ending, EndKind
 from voidbus.vm.kvm.guest_devices import GuestDevices
@@ -151,12 +150,12 @@ class KvmMachine(ImageMachine):
             machine.raise_line_by(transport.interrupt_fd, place.line)
             for queue, kick in enumerate(transport.kicks):
                 machine.signal_writes(kick, place.address + QUEUE_NOTIFY, queue)
+        self._mmio.add(MARKS_ADDRESS, MARKS_BYTES, self._marks, "boot marks")
         eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open.callback(os.close, eventfd)
         machine.raise_line_by(eventfd, SERIAL_LINE)
         serial = SerialPort(self._console.add, eventfd)
         self._ports.add(SERIAL_PORT, SERIAL_PORTS, serial, "serial port")
-        self._ports.add(MARKS_PORT, MARKS_PORTS, self._marks, "boot marks")
         self._ports.add(SLEEP_CONTROL, POWER_PORTS, PowerPort(self._turn_off), "power")
 
     def _run(self) -> None:
