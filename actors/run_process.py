@@ -46,8 +46,17 @@ LOG_FILE = "process.log"
 MACHINE_FOLDER = "machine"
 SHARES_FOLDER = "shares"
 ENTRY = "voidbus.actors.run_process:run"
-# What the zygote imports before it forks, so that every run process shares it.
-PRELOAD = ("voidbus.actors.run_process", "aiohttp.web")
+# What the zygote imports before it forks: every run process shares it, and none waits for it. Machines
+# take 0.1 s to import, and 4 MB.
+PRELOAD = (
+    "voidbus.actors.run_process",
+    "aiohttp.web",
+    "voidbus.vm.kvm.machine",
+    "voidbus.vm.kvm.support",
+    "voidbus.vm.process.machine",
+    "voidbus.vm.qemu.machine",
+    "voidbus.vm.qemu.support",
+)
 
 _DEFAULT_GRACE = 30.0
 _STOP_TIMEOUT = 10.0

@@ -1,8 +1,9 @@
 """A host with hardware virtualisation, for hosts that have none: a Linux of its own in an emulated
 machine with SVM, so that `/dev/kvm` there is the real kvm-amd's.
 
-It sees this host's files read-only, with a scratch in memory over them. Everything in it is slow: a
-guest boots in half a minute. `scripts/kvm-lab` runs a command in it.
+It sees this host's files read-only, with a scratch in memory over them; only what is written to
+`build/lab` stays, beside the lab's own console. Everything in it is slow: a guest boots in ten
+seconds. `scripts/kvm-lab` runs a command in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd", "vhost_vsoc
 LAB_SECONDS = "3600"
 """After which the lab is ended, whatever it is at."""
 
+RESULTS = Path("build/lab").absolute()
+"""Where files of the command's own stay."""
+
 _SHARE = "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"
+_RESULTS_SHARE = f"local,path={RESULTS},mount_tag=results,security_model=none"
 
 _INIT = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -41,6 +46,7 @@ mkdir -p /root/dev/shm /root/dev/pts
 mount -t devpts devpts /root/dev/pts
 for place in tmp run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
 chmod 1777 /root/tmp
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 results /root$(cat /place)
 chmod 666 /root/dev/kvm /root/dev/vhost-vsock
 ip link set lo up
 cp /bin/busybox /command /ending /root/run
@@ -102,6 +108,7 @@ def entries(kernel: Path, command: list[str]) -> list[Entry]:
         regular("bin/busybox", busybox.read_bytes(), 0o755),
         regular("init", _INIT.encode(), 0o755),
         regular("command", script.encode(), 0o644),
+        regular("place", os.fsencode(RESULTS), 0o644),
         regular("ending", _ENDING.encode(), 0o644),
         regular("order", "\n".join(file.name for file in modules).encode(), 0o644),
         *(regular(f"modules/{file.name}", file.read_bytes(), 0o644) for file in modules),
@@ -115,17 +122,21 @@ def main() -> int:
         return 2
     kernel = fetched_kernel(default_store().root.parent / "lab")
     (image,) = (kernel / "boot").glob("vmlinuz-*")
-    with tempfile.NamedTemporaryFile(suffix=".cpio") as initramfs:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.NamedTemporaryFile(suffix=".cpio") as initramfs,
+        (RESULTS / "console.log").open("wb") as console,
+    ):
         with Path(initramfs.name).open("wb") as file:
             write_archive(entries(kernel, command), file)
         qemu = subprocess.Popen(
             [
                 *("timeout", LAB_SECONDS, PROGRAM),
-                *("-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"),
-                *("-m", "3G", "-smp", "2", "-nodefaults", "-no-reboot", "-display", "none"),
+                *("-M", "q35", "-accel", "tcg,thread=single", "-cpu", "EPYC,+svm,+npt"),
+                *("-m", "6G", "-smp", "2", "-nodefaults", "-no-reboot", "-display", "none"),
                 *("-serial", "stdio", "-kernel", image, "-initrd", initramfs.name),
-                *("-virtfs", _SHARE),
-                *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
+                *("-virtfs", _SHARE, "-virtfs", _RESULTS_SHARE),
+                *("-append", "console=ttyS0 loglevel=3 panic=-1 mitigations=off"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -135,6 +146,7 @@ def main() -> int:
         try:
             assert qemu.stdout is not None
             for line in qemu.stdout:
+                console.write(line)
                 sys.stdout.write(line.decode(errors="replace"))
                 sys.stdout.flush()
                 if match := re.match(rb"lab: exit (\d+)", line):

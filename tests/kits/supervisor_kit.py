@@ -209,8 +209,8 @@ class Client:
                 if seen.wait(0.25):
                     return found[0]
                 if time.monotonic() > deadline:
-                    kinds = [event.event_type for event in self.events(run_id)]
-                    raise TimeoutError(f"run {run_id} never had that event; it had {kinds}")
+                    had = [(event.event_type, event.message) for event in self.events(run_id)]
+                    raise TimeoutError(f"run {run_id} never had that event; it had {had}")
         finally:
             subscription.cancel()
 
