@@ -46,8 +46,8 @@ LOG_FILE = "process.log"
 MACHINE_FOLDER = "machine"
 SHARES_FOLDER = "shares"
 ENTRY = "voidbus.actors.run_process:run"
-# What the zygote imports before it forks: every run process shares it, and none waits for it. Machines
-# take 0.1 s to import, and 4 MB.
+# What the zygote imports before it forks: every run process shares it, and none waits for it.
+# Machines take 0.1 s to import, and 4 MB.
 PRELOAD = (
     "voidbus.actors.run_process",
     "aiohttp.web",

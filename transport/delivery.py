@@ -130,21 +130,18 @@ class Delivery:
     """A message at its receiver, with what is known of where it came from.
 
     `right` is the right of the link it came in by; None where it was sent inside this node.
+    `answer` takes the reply to an ask.
     """
 
-    __slots__ = (
-        "_answer",
-        "attachments",
-        "deadline",
-        "generation",
-        "key",
-        "message",
-        "path",
-        "right",
-        "sender",
-        "trace",
-        "wants_reply",
-    )
+    # What few messages have is set for those: most are tells inside a node, of which each of these
+    # would take a hundredth of the time.
+    attachments: Sequence[bytes] = ()
+    key = ""
+    trace = ""
+    generation = 0
+    right: Right | None = None
+    wants_reply = False
+    _answer: Callable[[Message, Sequence[bytes]], object] | None = None
 
     def __init__(
         self,
@@ -152,25 +149,15 @@ class Delivery:
         sender: str,
         message: Message,
         deadline: float,
-        *,
-        attachments: Sequence[bytes] = (),
-        key: str = "",
-        trace: str = "",
-        generation: int = 0,
-        right: Right | None = None,
         answer: Callable[[Message, Sequence[bytes]], object] | None = None,
     ) -> None:
         self.path = path
         self.sender = sender
         self.message = message
-        self.attachments = attachments
         self.deadline = deadline
-        self.key = key
-        self.trace = trace
-        self.generation = generation
-        self.right = right
-        self.wants_reply = answer is not None
-        self._answer = answer
+        if answer is not None:
+            self.wants_reply = True
+            self._answer = answer
 
     @property
     def expired(self) -> bool:

@@ -109,16 +109,10 @@ class Node(ABC):
                 return ask
             if on_end is not None:
                 self._watch_deadline(ask, on_end)
-            delivery = Delivery(
-                address.path,
-                sender,
-                message,
-                attachments=attachments,
-                deadline=deadline,
-                key=key,
-                trace=trace,
-                answer=ask.end,
-            )
+            delivery = Delivery(address.path, sender, message, deadline, ask.end)
+            delivery.key = key
+            if attachments or trace:
+                delivery.attachments, delivery.trace = attachments, trace
             self._deliver_here(delivery)
             return ask
         text = str(address)
@@ -314,18 +308,12 @@ class Node(ABC):
             def answer(reply: Message, attachments: Sequence[bytes]) -> None:
                 self._send_answer(envelope, reply, attachments)
 
-        delivery = Delivery(
-            address.path,
-            envelope.sender,
-            message,
-            attachments=envelope.attachments,
-            deadline=deadline,
-            key=envelope.key or (_number_of(envelope) if message.changes else ""),
-            trace=envelope.trace,
-            generation=envelope.generation,
-            right=right,
-            answer=answer,
-        )
+        delivery = Delivery(address.path, envelope.sender, message, deadline, answer)
+        delivery.attachments = envelope.attachments
+        delivery.key = envelope.key or (_number_of(envelope) if message.changes else "")
+        delivery.trace = envelope.trace
+        delivery.generation = envelope.generation
+        delivery.right = right
         self._loop.defer(partial(self._hand_over, delivery, envelope), serves=delivery.wants_reply)
 
     def _hand_over(self, delivery: Delivery, envelope: Envelope) -> None:

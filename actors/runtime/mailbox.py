@@ -55,6 +55,31 @@ class Waited(ABC):
 Item = Delivery | Internal
 
 
+_Lane = deque[tuple[float, Item]]
+
+
+def _next(lane: _Lane) -> Item | None:
+    try:
+        return lane.popleft()[1]
+    except IndexError:
+        return None
+
+
+def _drained(lane: _Lane) -> list[Item]:
+    items = []
+    while (item := _next(lane)) is not None:
+        items.append(item)
+    return items
+
+
+def _since(lane: _Lane) -> list[float]:
+    """When the oldest item came (monotonic), if there is one."""
+    try:
+        return [lane[0][0]]
+    except IndexError:
+        return []
+
+
 @dataclass(frozen=True, slots=True)
 class MailboxStatistics:
     """What a mailbox holds and did. `head_age` is how long, in seconds, its oldest item waits."""
@@ -86,6 +111,7 @@ class Mailbox:
         "_ready",
         "_room",
         "_waiting",
+        "_want_room",
         "accepted",
         "limit",
         "refused",
@@ -97,8 +123,8 @@ class Mailbox:
             raise ValueError(f"a mailbox holds at least 1 message, not {limit}")
         self.limit = limit
         self._overflow = overflow
-        self._data: deque[tuple[float, Item]] = deque()
-        self._control: deque[tuple[float, Item]] = deque()
+        self._data: _Lane = deque()
+        self._control: _Lane = deque()
         self._lock = threading.Lock()
         # A bare lock as a binary semaphore: queue.Queue's conditions cost three times as much.
         self._ready = threading.Lock()
@@ -106,6 +132,7 @@ class Mailbox:
         self._waiting = False
         self._driver: Driver | None = None
         self._room = threading.Condition(self._lock)
+        self._want_room = 0
         self._closed = False
         self.accepted = 0
         self.refused = 0
@@ -134,8 +161,8 @@ class Mailbox:
                 if self._overflow is Overflow.REFUSE:
                     self.refused += 1
                     return FaultReason.MAILBOX_FULL
-                shed = self._data.popleft()[1]
-                self.shed += 1
+                shed = _next(self._data)
+                self.shed += shed is not None
                 self._data.append((_monotonic(), item))
             self._accepted()
         if isinstance(shed, Delivery):
@@ -151,12 +178,17 @@ class Mailbox:
         """
         deadline = _monotonic() + timeout
         with self._room:
-            while not self._closed and len(self._data) >= self.limit:
-                remaining = deadline - _monotonic()
-                if remaining <= 0:
-                    self.refused += 1
-                    return FaultReason.MAILBOX_FULL
-                self._room.wait(min(remaining, threading.TIMEOUT_MAX))
+            # Wanted first, then looked for: the consumer takes, and then looks who wants it.
+            self._want_room += 1
+            try:
+                while not self._closed and len(self._data) >= self.limit:
+                    remaining = deadline - _monotonic()
+                    if remaining <= 0:
+                        self.refused += 1
+                        return FaultReason.MAILBOX_FULL
+                    self._room.wait(min(remaining, threading.TIMEOUT_MAX))
+            finally:
+                self._want_room -= 1
             if self._closed:
                 self.refused += 1
                 return FaultReason.MAILBOX_CLOSED
@@ -182,14 +214,12 @@ class Mailbox:
         """The next item, control first. None when `timeout` passed, or it is closed and empty."""
         wait = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
         while True:
+            item = self._take()
+            if item is not None:
+                return item
             with self._lock:
-                if self._control:
-                    return self._control.popleft()[1]
-                if self._data:
-                    item = self._data.popleft()[1]
-                    if len(self._data) == self.limit - 1:
-                        self._room.notify_all()
-                    return item
+                if self._control or self._data:
+                    continue
                 if self._closed:
                     return None
                 self._waiting = True
@@ -201,6 +231,22 @@ class Mailbox:
                         return None
                 # A put came between the end of the wait and here, and has released `_ready`.
                 self._ready.acquire()
+
+    def _take(self) -> Item | None:
+        """The next item there is. Without the lock, over which the consumer and whoever sends to it
+        would wake each other: half of a message's cost. So an item leaves a lane by `popleft`
+        only, which gives it to one thread, and whatever was seen there may be gone.
+        """
+        try:
+            if self._control:
+                return self._control.popleft()[1]
+            item = self._data.popleft()[1]
+        except IndexError:
+            return None
+        if self._want_room:
+            with self._lock:
+                self._room.notify_all()
+        return item
 
     def drive(self, driver: Driver) -> None:
         """Let the consumer drive a node's sockets while it waits and nobody else does."""
@@ -215,9 +261,7 @@ class Mailbox:
         """Take nothing more; returns what was waiting, for its senders to be told."""
         with self._lock:
             self._closed = True
-            rest = [item for _, item in (*self._control, *self._data)]
-            self._control.clear()
-            self._data.clear()
+            rest = [*_drained(self._control), *_drained(self._data)]
             self._room.notify_all()
             if self._waiting:
                 self._wake()
@@ -226,7 +270,7 @@ class Mailbox:
     def statistics(self) -> MailboxStatistics:
         """A consistent view, from any thread."""
         with self._lock:
-            heads = [lane[0][0] for lane in (self._control, self._data) if lane]
+            heads = [since for lane in (self._control, self._data) for since in _since(lane)]
             return MailboxStatistics(
                 depth=len(self._data),
                 control_depth=len(self._control),

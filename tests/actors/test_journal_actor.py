@@ -238,7 +238,9 @@ def test_only_a_runs_own_process_and_the_supervisor_may_write_its_events(
     journal = system.find("journal")
     assert journal is not None
     batch = a_batch(first=2)
-    journal.deliver(Delivery("journal", sender, batch, deadline=1e12, right=right, answer=answer))
+    asked = Delivery("journal", sender, batch, 1e12, answer)
+    asked.right = right
+    journal.deliver(asked)
     assert answered.wait(PATIENCE)
     if accepted:
         assert isinstance(answers[0], Appended)

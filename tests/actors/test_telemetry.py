@@ -142,7 +142,8 @@ def test_a_run_process_reports_for_its_own_run_only(
 
     actor = system.find("telemetry")
     assert actor is not None
-    asked = Delivery("telemetry", sender, guest(1), deadline=1e12, right=Right.WORK, answer=answer)
+    asked = Delivery("telemetry", sender, guest(1), 1e12, answer)
+    asked.right = Right.WORK
     actor.deliver(asked)
     assert answered.wait(PATIENCE)
     if accepted:

@@ -132,8 +132,8 @@ def main() -> int:
         qemu = subprocess.Popen(
             [
                 *("timeout", LAB_SECONDS, PROGRAM),
-                *("-M", "q35", "-accel", "tcg,thread=single", "-cpu", "EPYC,+svm,+npt"),
-                *("-m", "6G", "-smp", "2", "-nodefaults", "-no-reboot", "-display", "none"),
+                *("-M", "q35", "-accel", "tcg", "-cpu", "EPYC,+svm,+npt"),
+                *("-m", "6G", "-smp", "1", "-nodefaults", "-no-reboot", "-display", "none"),
                 *("-serial", "stdio", "-kernel", image, "-initrd", initramfs.name),
                 *("-virtfs", _SHARE, "-virtfs", _RESULTS_SHARE),
                 *("-append", "console=ttyS0 loglevel=3 panic=-1 mitigations=off"),

@@ -179,9 +179,9 @@ def test_a_repeated_command_gets_the_first_ones_reply() -> None:
     replies = Signal()
 
     def delivery(key: str) -> Delivery:
-        return Delivery(
-            "x", "y", Change(), deadline=0.0, key=key, answer=lambda reply, _: replies(reply)
-        )
+        made = Delivery("x", "y", Change(), 0.0, lambda reply, _: replies(reply))
+        made.key = key
+        return made
 
     assert store.begin("a", delivery("a"), 0.0)
     assert not store.begin("a", delivery("a"), 0.0)
