@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from guest_vm import with_init
 from machine_kit import WAIT, MakeGuest, Running, open_files, shell
 from patience import SLOW
+from vm_kit import own_memory
 
 from voidbus.vm.channel import ExecCall
 from voidbus.vm.machine import Forward, MachineError
@@ -43,26 +43,21 @@ sys.exit(main())
 """
 
 
-def resident() -> int:
-    """Resident memory of this process (bytes), proc_pid_statm(5)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
 def test_a_guest_that_floods_its_console_is_slowed_and_its_start_ends_in_time(
     make: MakeGuest, tmp_path: Path
 ) -> None:
     guest = make(**with_init(tmp_path, _CONSOLE_FLOOD))
-    before = resident()
+    before = own_memory()
     with pytest.raises(MachineError, match="a line that never ends"):
         guest.machine.start(25)
     assert len(guest.machine.console()) <= 64 * 1024
-    assert resident() - before < BOUND
+    assert own_memory() - before < BOUND
 
 
 def test_a_program_whose_output_nobody_reads_waits_and_fills_no_memory(make: MakeGuest) -> None:
     guest = make().start()
     go_on, ended = threading.Event(), threading.Event()
-    before = resident()
+    before = own_memory()
     call = ExecCall("sh", ("-c", "yes | head -c 200000000"))
 
     def never(stream: str, data: bytes) -> None:
@@ -70,7 +65,7 @@ def test_a_program_whose_output_nobody_reads_waits_and_fills_no_memory(make: Mak
 
     handle = guest.channel.exec(call, never, lambda _: ended.set())
     assert not ended.wait(5)
-    assert resident() - before < BOUND
+    assert own_memory() - before < BOUND
     handle.signal(9)
     go_on.set()
     assert ended.wait(WAIT)
@@ -81,7 +76,7 @@ def test_a_flood_into_a_forward_that_nobody_reads_fills_no_memory(make: MakeGues
         port = server.getsockname()[1]
         guest = make(forwards=(Forward(0, ("127.0.0.1", port)),)).start()
         inside = guest.channel.forwards[0]
-        before = resident()
+        before = own_memory()
         running = shell(guest.channel, f"yes | nc 127.0.0.1 {inside}", timeout=60)
         held, _ = server.accept()
         with held:
@@ -90,7 +85,7 @@ def test_a_flood_into_a_forward_that_nobody_reads_fills_no_memory(make: MakeGues
                 guest.channel.ping(WAIT)
             waiting = threading.Event()
             assert not waiting.wait(3)
-            assert resident() - before < BOUND
+            assert own_memory() - before < BOUND
         running.handle.signal(9)
         running.result()
 
@@ -129,8 +124,8 @@ def test_a_guest_that_floods_the_control_channel_ends_only_its_own_start(
     make: MakeGuest, tmp_path: Path
 ) -> None:
     guest = make(**with_init(tmp_path, _CHANNEL_FLOOD))
-    before = resident()
+    before = own_memory()
     with pytest.raises(MachineError, match="configure"):
         guest.machine.start(30)
-    assert resident() - before < BOUND
+    assert own_memory() - before < BOUND
     assert guest.exited.wait(WAIT)

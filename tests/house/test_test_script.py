@@ -17,6 +17,7 @@ REST = ("passt", "mksquashfs", "socat", "cpio")
 
 # Builds an image, or fails to; as pytest it tells what is required of it.
 PYTHON = """#!/usr/bin/env bash
+[ "$1" = -c ] && exit "${KVM_WORKS:-1}"
 if [ "$3" = image ]; then
     [ -e built ] && exit
     echo 'voidbus: error: apt knows no package bash' >&2
@@ -86,6 +87,10 @@ def test_a_build_that_goes_well_leaves_its_packages_to_build_again(checkout: Che
     required, said = checkout.built().test()
     assert "not built" not in said
     assert required == "qemu,image,vm,passt,squashfs,socat,cpio,packages"
+
+
+def test_where_kvm_works_its_tests_must_not_be_skipped(checkout: Checkout) -> None:
+    assert checkout.test(KVM_WORKS="0")[0] == "qemu,image,vm,passt,squashfs,socat,cpio,kvm-hardware"
 
 
 @pytest.mark.parametrize("wanted", ["", "root", "all"])

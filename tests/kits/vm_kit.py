@@ -65,19 +65,51 @@ def _write(folder: Path, name: str, **sections: object) -> Path:
 
 def machines_of(supervisor: Supervisor) -> list[int]:
     """Pids of the processes that have a machine of a supervisor's runs: QEMUs, and run processes
-    with a KVM of their own."""
-    return [
-        pid
-        for pid in processes_of(supervisor.state_dir)
-        if "qemu" in _program(pid) or _holds_kvm(pid)
-    ]
+    with a KVM of their own, which are known by what they hold open."""
+    qemus = {pid for pid in processes_of(supervisor.state_dir) if "qemu" in _program(pid)}
+    everyone = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    ours = str(supervisor.state_dir)
+    holders = {pid for pid in everyone if _is_kvm_run(_open_by(pid), ours)}
+    return sorted(qemus | holders)
 
 
-def _holds_kvm(pid: int) -> bool:
-    with contextlib.suppress(OSError):  # it has ended meanwhile
-        entries = Path(f"/proc/{pid}/fd").iterdir()
-        return any(str(entry.readlink()) == "anon_inode:kvm-vm" for entry in entries)
-    return False
+def _open_by(pid: int) -> list[str]:
+    """What a process holds open; nothing where it has ended."""
+    with contextlib.suppress(OSError):
+        return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    return []
+
+
+def _is_kvm_run(links: list[str], state_dir: str) -> bool:
+    return "anon_inode:kvm-vm" in links and any(link.startswith(state_dir) for link in links)
+
+
+# Ours and QEMU's; and the kernel and initramfs that are mapped into ours, of which the guest gets
+# the pages it writes to.
+_GUESTS_OWN = ("memfd:voidbus-guest", "memfd:memory-backend", "/vmlinux", ".cpio")
+
+
+def guest_memory(pid: int) -> list[tuple[int, int]]:
+    """Where a process has its guest's memory: (address, bytes), proc_pid_maps(5)."""
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if any(name in line for name in _GUESTS_OWN):
+            start, end = (int(text, 16) for text in line.split(maxsplit=1)[0].split("-"))
+            found.append((start, end - start))
+    assert found, f"process {pid} has no guest"
+    return found
+
+
+def own_memory() -> int:
+    """Resident memory of this process (bytes, proc_pid_smaps(5)) without its guests', of which it
+    may be the machine."""
+    total, counted = 0, True
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(maxsplit=1)[0].endswith(":"):
+            counted = not any(name in line for name in _GUESTS_OWN)
+        elif line.startswith("Rss:") and counted:
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def _program(pid: int) -> str:
