@@ -15,8 +15,8 @@ START_SECONDS = 30.0
 _ENTRY = 0x100_0000
 # mov dx, 0x600; mov al, 0x34; out dx, al: the sleep control register, off.
 TURN_OFF = bytes.fromhex("66 ba 00 06 b0 34 ee eb fe")
-# mov dx, 0x610; mov al, 1; out dx, al: the port of boot marks; then for ever.
-TELL_AND_LOOP = bytes.fromhex("66 ba 10 06 b0 01 ee eb fe")
+# mov edi, 0xcffff000; mov byte [rdi], 1: the register of boot marks; then for ever.
+TELL_AND_LOOP = bytes.fromhex("bf 00 f0 ff cf c6 07 01 eb fe")
 
 
 def write_kernel(path: Path, code: bytes) -> Path:

@@ -3,6 +3,7 @@ Linux: so it runs where KVM only emulates, too."""
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 from bare_metal import code
 from machine_kit import WAIT, Guest, MakeGuest, machines_of
 
+from voidbus.vm.devices.vsock import CONNECT_SECONDS
 from voidbus.vm.image.cpio import directory, write_archive
 from voidbus.vm.kvm.machine import KvmMachine
 from voidbus.vm.machine import MachineError, StopStep
@@ -142,6 +144,22 @@ def test_a_stop_or_a_kill_during_the_start_ends_it(make: MakeGuest, way: str) ->
     assert errors == ["machine m0: stopped"]
     assert guest.exited.wait(WAIT)
     assert [end.reason for end in guest.exits] == ["stopped"]
+
+
+def test_connections_end_with_the_machine_and_not_when_it_is_closed(make: MakeGuest) -> None:
+    guest = make(HELLO + ENDLESS)
+    errors: list[str] = []
+    thread = threading.Thread(target=lambda: errors.append(failure(guest)))
+    thread.start()
+    assert guest.leased.wait(WAIT)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(CONNECT_SECONDS / 2)  # after which it would end by itself
+        client.connect(str(guest.machine.spec.scratch / "vsock.sock"))
+        client.sendall(b"CONNECT 5000\n")
+        guest.machine.kill()
+        assert client.recv(10) == b""
+    thread.join(WAIT)
+    assert errors == ["machine m0: stopped"]
 
 
 def test_a_machine_starts_once_and_can_be_closed_again_and_again(make: MakeGuest) -> None:

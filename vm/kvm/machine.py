@@ -209,6 +209,9 @@ class KvmMachine(ImageMachine):
         stopped = self._stopping.is_set() and not fault
         reason = "stopped" if stopped else self._end_reason() or ""
         self._on_exit(MachineExit(reason, 1 if fault else 0))
+        # Whoever waits at a connection is to hear of it now, and not when the machine is closed.
+        if self._devices is not None:
+            self._devices.close()
 
     def _end_reason(self) -> str | None:
         ending = self._ending
