@@ -52,8 +52,8 @@ mount -t overlay overlay -o lowerdir=/host,upperdir=/scratch/upper,workdir=/scra
 for place in proc sys dev; do mount --move /$place /root/$place; done
 mkdir -p /root/dev/shm /root/dev/pts
 mount -t devpts devpts /root/dev/pts
-for place in tmp run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
-chmod 1777 /root/tmp
+for place in run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
+mkdir -m 1777 /root/run/tmp
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 results /root$(cat /place)
 # A page of a guest's memory that is used first is an exit, and there slow: let it be a big one.
 echo always > /root/sys/kernel/mm/transparent_hugepage/shmem_enabled
@@ -110,6 +110,8 @@ def entries(kernel: Path, command: list[str]) -> list[Entry]:
     script = (
         f"cd {shlex.quote(os.fspath(Path.cwd()))}\n"
         f"export HOME={shlex.quote(os.environ['HOME'])} PATH={shlex.quote(os.environ['PATH'])}\n"
+        # Not /tmp, where the checkout may be: this one is in memory and empty.
+        "export TMPDIR=/run/tmp\n"
         f"export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8\nexec {shlex.join(command)}\n"
     )
     places = ("bin", "proc", "sys", "dev", "host", "scratch", "root", "modules")
