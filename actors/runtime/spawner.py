@@ -189,7 +189,7 @@ class Spawner:
                 return None
             dead, self._zygote = self._zygote, None
             if dead is not None:
-                dead.close()
+                dead.bury()  # its reader may not have come to its end yet
             zygote = Zygote(self._preload, on_exit=self._on_exit, on_lost=self._watch_lost)
             try:
                 zygote.start(max(0.0, until - time.monotonic()))

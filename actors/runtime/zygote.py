@@ -156,9 +156,13 @@ class Zygote:
 
     def close(self, timeout: float = 5.0) -> None:
         """End the zygote and its reader; the processes it forked live on, no longer reported."""
-        control, reader, process = self._control, self._reader, self._process
         with self._lock:
             self._running.clear()
+        self.bury(timeout)
+
+    def bury(self, timeout: float = 5.0) -> None:
+        """`close` of one that has died: `on_lost` has been told of its processes afterwards."""
+        control, reader, process = self._control, self._reader, self._process
         if control is None or reader is None or process is None:
             return
         with contextlib.suppress(OSError):

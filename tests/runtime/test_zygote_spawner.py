@@ -198,6 +198,42 @@ def test_a_dead_zygote_is_restarted_and_its_processes_are_still_watched(
         second.handle.close()
 
 
+def test_no_process_is_forgotten_when_its_zygote_is_replaced_before_its_death_was_read(
+    exits: Exits, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    go_on = threading.Event()
+
+    def on_exit(*end: Any) -> None:
+        exits.put(end)
+        if end[1] == 3:
+            go_on.wait(20)  # so long the zygote's end is not read
+
+    with Spawner(on_exit=on_exit, preload=["run_entries"]) as spawner:
+        first = spawner.spawn("run_entries:waits_for_the_end_of_a_pipe", bytes(fifo))
+        pipe = os.open(fifo, os.O_WRONLY)
+        zygote = next(i for i in descendants(os.getpid()) if i != first.identity)
+        busy = spawner.spawn("run_entries:exits_with", b"3")
+        assert exits.get(timeout=20) == (busy.identity, 3)
+        assert kill_leftover(zygote)
+
+        def let_it_be_read() -> None:
+            while zygote in descendants(os.getpid()):  # until it is reaped, to be replaced
+                go_on.wait(0.01)
+            go_on.set()
+
+        reading = threading.Thread(target=let_it_be_read)
+        reading.start()
+        second = spawner.spawn("run_entries:exits_with", b"0")
+        reading.join(20)
+        os.close(pipe)
+        ended = {exits.get(timeout=20), exits.get(timeout=20)}
+        assert ended == {(first.identity, None), (second.identity, 0)}
+        for spawned in (first, busy, second):
+            spawned.handle.close()
+
+
 def test_exec_serves_where_the_zygote_cannot_start(
     exits: Exits, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -105,12 +105,13 @@ def test_the_thread_of_the_node_waits_for_the_one_that_leads_however_long() -> N
 
 
 def test_the_thread_of_the_node_is_not_woken_while_another_leads_for_long() -> None:
-    lead, woken = Lead(), threading.Event()
+    lead, taken, woken = Lead(), threading.Event(), threading.Event()
     thread: list[int] = []
 
     def node() -> None:
         thread.append(threading.get_native_id())
-        lead.stand_by()
+        while not taken.is_set():  # on a busy host nobody may take it in a moment
+            lead.stand_by()
         woken.set()
 
     def waits() -> int:
@@ -125,6 +126,7 @@ def test_the_thread_of_the_node_is_not_woken_while_another_leads_for_long() -> N
 
     with running(node):
         take(lead)
+        taken.set()
         try:
             # It falls asleep some moments after it stood aside.
             assert not all(wakes() for _ in range(5))
