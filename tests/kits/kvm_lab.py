@@ -142,7 +142,7 @@ def qemu_command(image: Path, initramfs: Path) -> list[str]:
 def run(image: Path, initramfs: Path) -> int:
     """Boot the lab and show its console; the command's exit status."""
     deadline = time.monotonic() + LAB_SECONDS
-    with (RESULTS / "console.log").open("wb") as kept:
+    with (RESULTS / "console.log").open("wb", buffering=0) as kept:
         qemu = subprocess.Popen(
             qemu_command(image, initramfs),
             stdin=subprocess.DEVNULL,
