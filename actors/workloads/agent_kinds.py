@@ -40,6 +40,9 @@ class AgentKind(ABC):
     layer: ClassVar[str | None] = None
     """The layer of a machine that has it, where there is one."""
 
+    environment: ClassVar[Mapping[str, str]] = {}
+    """Variables it is given unless the specification has others."""
+
     program: str
 
     @abstractmethod
@@ -68,6 +71,9 @@ class ClaudeCode(AgentKind):
     """Claude Code, without questions: the machine is what stands between it and the host."""
 
     layer: ClassVar[str | None] = "claude"
+    # Else it asks its model without the tools of MCP servers that take longer to connect to than
+    # it cares to wait, and where guests are slow an agent can't reach its peers.
+    environment: ClassVar[Mapping[str, str]] = {"MCP_CONNECTION_NONBLOCKING": "0"}
     model: str | None = None
 
     def arguments(self, prompt: str, *, mcp: bool) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ class AgentProgram:
         command = Command(
             kind.program,
             kind.arguments(prompt, mcp=bool(self._servers.urls)),
-            {**launch.env, **model, **settings.guest_env(machine)},
+            {**kind.environment, **launch.env, **model, **settings.guest_env(machine)},
             stdin=kind.stdin(prompt),
             timeout=settings.timeout,
         )

@@ -102,7 +102,9 @@ def test_the_stage_is_named_as_the_run_and_queued_before_anything_is_written() -
 def test_the_command_line_is_claude_codes() -> None:
     conductor, _ = begin()
     command = conductor.commands["scout"]
-    assert (command.program, command.env) == ("claude-code", {"KEY": "value"})
+    assert command.program == "claude-code"
+    # It asks its model once the tools of its MCP servers are there, and not before.
+    assert command.env == {"KEY": "value", "MCP_CONNECTION_NONBLOCKING": "0"}
     assert command.args == (
         "-p",
         "Do it.\n\nWrite your output to /workspace/output.json.",
