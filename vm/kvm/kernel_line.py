@@ -16,8 +16,8 @@ KERNEL_ARGUMENTS = (
     "random.trust_cpu=on",
     "ipv6.disable=1",  # the user-mode network has none
     "nokaslr",  # relocation costs time, and a guest's root is the guest's own
-    "pci=off",  # there is none to look for
     "cryptomgr.notests",  # 0.1 s of an emulated processor, for ciphers that work
+    "pci=off",  # there is none to look for
     "i8042.nokbd",  # nor a keyboard
     "i8042.noaux",
 )
