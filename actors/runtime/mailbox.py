@@ -234,7 +234,7 @@ class Mailbox:
 
     def _take(self) -> Item | None:
         """The next item there is. Without the lock, over which the consumer and whoever sends to it
-        would wake each other: half of a message's cost. So an item leaves a lane by `popleft`
+        would wake each other: a fifth of a message's cost. So an item leaves a lane by `popleft`
         only, which gives it to one thread, and whatever was seen there may be gone.
         """
         try:
