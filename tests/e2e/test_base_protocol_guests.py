@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from guest_vm import with_init
-from machine_kit import WAIT, Guest, MakeGuest, Running, run, shell
-from machine_kit import machines_of as guests_of
+from machine_kit import WAIT, Guest, MakeGuest, Running, machines_of, run, shell
 from patience import SLOW
 from supervisor_kit import running_supervisor
-from vm_kit import BOOT_PATIENCE, leftovers, machines_of, vm_workflow
+from vm_kit import BOOT_PATIENCE, leftovers, machine_processes, vm_workflow
 
 from voidbus.actors.messages.runs import RunStatus
 from voidbus.cli.event_line import log_text
@@ -43,7 +42,7 @@ ALLOWED = ("sh", "cat")
 def guest(kind: type[Machine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """One machine for the tests that leave it as they found it."""
     folder = tmp_path_factory.mktemp("base")
-    with guests_of(kind, folder) as make:
+    with machines_of(kind, folder) as make:
         image = with_init(folder, _BASE_AGENT)
         started = make(**image, env={"GREETING": "hello"}, allowed_commands=ALLOWED).start()
         assert started.channel.flags == Flags.MULTIPLEX
@@ -170,8 +169,8 @@ def test_a_whole_run_works_and_one_is_cancelled_while_its_program_holds_the_gues
         busy = vm_workflow(tmp_path, ("busy", "echo up; sleep 600"), name="busy", **image)
         run_id = client.start(busy)
         client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-        assert len(machines_of(supervisor)) == 1
+        assert len(machine_processes(supervisor)) == 1
         client.cancel(run_id, grace=0.5)
         assert client.wait_end(run_id, BOOT_PATIENCE).status == RunStatus.CANCELLED
-        assert machines_of(supervisor) == [], "it is cancelled only when its machine is gone"
+        assert machine_processes(supervisor) == [], "it is cancelled only when its machine is gone"
         assert leftovers(supervisor, run_id) == []

@@ -9,7 +9,7 @@ import pytest
 from patience import SLOW
 from scripted_model import LAST_WORDS, scripted_model
 from supervisor_kit import running_supervisor
-from vm_kit import BOOT_PATIENCE, guest_memory, machines_of
+from vm_kit import BOOT_PATIENCE, guest_memory, machine_processes
 
 from voidbus.actors.messages.runs import RunStatus
 from voidbus.cli.event_line import log_text
@@ -88,7 +88,7 @@ def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(
             run_id = client.start(path)
             # It has asked the model, with what it has for a key; its disk is in its memory.
             client.wait_for(run_id, lambda event: log_text(event) == "waiting", BOOT_PATIENCE)
-            (machine,) = machines_of(supervisor)
+            (machine,) = machine_processes(supervisor)
             found = memory_with(machine, (KEY.encode(), b"x-api-key: voidbus-"))
             client.cancel(run_id)
             client.wait_end(run_id, BOOT_PATIENCE)

@@ -16,7 +16,7 @@ import pytest
 from guest_vm import eventually
 from patience import SLOW
 from supervisor_kit import PATIENCE, Client, Supervisor, kill, running_supervisor
-from vm_kit import BOOT_PATIENCE, ends, leftovers, machines_of, vm_agent, vm_workflow
+from vm_kit import BOOT_PATIENCE, ends, leftovers, machine_processes, vm_agent, vm_workflow
 
 from voidbus.actors.messages.artifacts import ArtifactPart, ReadArtifact
 from voidbus.actors.messages.runs import ConsoleText, ReadConsole, RunStatus
@@ -201,16 +201,16 @@ def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
     before = open_files(supervisor)
     run_id = client.start(vm_workflow(tmp_path, ("busy", script), mode=kind.name))
     if moment == "booting":
-        client.wait_for(run_id, lambda _: bool(machines_of(supervisor)), BOOT_PATIENCE)
+        client.wait_for(run_id, lambda _: bool(machine_processes(supervisor)), BOOT_PATIENCE)
     else:
         client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
     run_process = client.state(run_id).run_process
     assert run_process is not None
-    assert len(machines_of(supervisor)) == 1
+    assert len(machine_processes(supervisor)) == 1
     began = time.monotonic()
     client.cancel(run_id, grace=GRACE)
     left = began + GRACE + BEYOND_GRACE - time.monotonic()
-    assert eventually(lambda: machines_of(supervisor) == [], left)
+    assert eventually(lambda: machine_processes(supervisor) == [], left)
     took = time.monotonic() - began
     # Only programs that don't end by themselves are waited for.
     assert took >= GRACE or moment != "executing"
@@ -218,7 +218,7 @@ def test_a_cancelled_run_leaves_nothing_whatever_it_was_at(
     assert state.status == RunStatus.CANCELLED
     assert ends(run_process, ENDS_SECONDS)
     assert leftovers(supervisor, run_id) == []
-    assert machines_of(supervisor) == []
+    assert machine_processes(supervisor) == []
     # A descriptor of the supervisor's is closed a moment after what it tells of. One more socket
     # is this client's, which follows events by now.
     ours = Counter({"socket:[N]": 1})
@@ -232,7 +232,7 @@ def test_a_killed_run_process_takes_its_machine_with_it(
 ) -> None:
     run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60"), mode=kind.name))
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-    (machine,) = machines_of(supervisor)
+    (machine,) = machine_processes(supervisor)
     run_process = client.state(run_id).run_process
     assert run_process is not None
     kill(run_process)
@@ -256,7 +256,7 @@ def test_a_killed_supervisor_finds_the_machine_running_when_it_returns(
                 )
             )
             client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-            (machine,) = machines_of(supervisor)
+            (machine,) = machine_processes(supervisor)
             before = identity_of(machine)
         supervisor.kill()
         supervisor.start()
@@ -277,7 +277,7 @@ def test_a_qemu_that_is_killed_fails_its_run_with_the_reason(
 ) -> None:
     run_id = client.start(vm_workflow(tmp_path, ("wait", "echo up; sleep 60"), mode="qemu"))
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
-    (machine,) = machines_of(supervisor)
+    (machine,) = machine_processes(supervisor)
     os.kill(machine, signal.SIGKILL)
     state = client.wait_end(run_id, BOOT_PATIENCE)
     assert state.status == RunStatus.FAILED

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from patience import SLOW
 from supervisor_kit import Client, Supervisor, running_supervisor
-from vm_kit import BOOT_PATIENCE, leftovers, machines_of, vm_agent, vm_workflow
+from vm_kit import BOOT_PATIENCE, leftovers, machine_processes, vm_agent, vm_workflow
 
 from voidbus.actors.messages.runs import RunStatus
 from voidbus.actors.messages.sidecar import IntentList, ReadIntents
@@ -48,5 +48,5 @@ def test_a_cancelled_run_leaves_nothing(
     client.wait_for(run_id, lambda event: log_text(event) == "up", BOOT_PATIENCE)
     client.cancel(run_id, grace=5)
     assert client.wait_end(run_id, BOOT_PATIENCE).status == RunStatus.CANCELLED
-    assert machines_of(supervisor) == []
+    assert machine_processes(supervisor) == []
     assert leftovers(supervisor, run_id) == []

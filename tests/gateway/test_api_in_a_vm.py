@@ -21,7 +21,7 @@ from api_kit import (
 )
 from guest_vm import eventually
 from http_kit import HttpClient
-from vm_kit import machines_of
+from vm_kit import machine_processes
 
 BOOT = 120.0
 # Of waiting for a guest's first sample, which comes a second after it is asked for.
@@ -63,7 +63,7 @@ def test_an_agent_in_a_machine_reads_its_inbox_sends_intents_and_leaves_its_outp
     assert output["metrics"]["intents_sent"] == 2, log
     intents = tcp.get(f"/v1/runs/{run_id}/intents").json
     assert [intent["audience"] for intent in intents] == ["broadcast", "leader"]
-    assert machines_of(house.supervisor) == []
+    assert machine_processes(house.supervisor) == []
 
 
 def test_a_workflow_in_a_machine_pipes_shares_files_and_publishes_artifacts(
@@ -118,11 +118,11 @@ def test_a_cancel_ends_the_machine_before_it_is_answered(
     spec = workflow(tmp_path, step("a", "echo up; sleep 600"), sandbox=SANDBOX)
     run_id = door.start(spec)
     door.wait_log(run_id, "up", BOOT)
-    assert len(machines_of(house.supervisor)) == 1
+    assert len(machine_processes(house.supervisor)) == 1
     assert door.run(run_id)["active_microvm_count"] == 1
     answer = door.post(f"/v1/runs/{run_id}/cancel", {"reason": "enough"})
     assert answer.json["state"] == "cancelled"
-    assert machines_of(house.supervisor) == []
+    assert machine_processes(house.supervisor) == []
     assert door.run(run_id)["active_microvm_count"] == 0
 
 
@@ -153,7 +153,7 @@ def test_a_service_publishes_while_its_machine_is_sampled_and_a_cancel_ends_it(
     # It ends when it is told to: with a grace longer than any answer takes, nobody waits that out.
     answer = door.post(f"/v1/runs/{run_id}/cancel", {"reason": "seen enough", "grace_secs": 600})
     assert answer.json["state"] == "cancelled"
-    assert machines_of(house.supervisor) == []
+    assert machine_processes(house.supervisor) == []
     run = door.run(run_id)
     assert (run["status"], run["terminal_reason"]) == ("cancelled", "seen enough")
     assert door.get(entry["retrieval_path"]).json["status"] == "serving", "it is still there"

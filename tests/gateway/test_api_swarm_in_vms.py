@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from api_kit import ApiHouse, write_spec
 from http_kit import HttpClient
-from vm_kit import machines_of
+from vm_kit import machine_processes
 
 BOOT = 120.0
 ITERATIONS = 3
@@ -87,4 +87,4 @@ def test_two_agents_in_two_machines_hear_each_other_over_three_iterations(
         ids = {n: [intent["intent_id"] for intent in orchestrator.said[n]] for n in AGENTS}
         assert [len(each) for each in ids.values()] == [2, 2]
         heard = {"left": ids["right"], "right": ids["left"]}
-    assert machines_of(house.supervisor) == []
+    assert machine_processes(house.supervisor) == []

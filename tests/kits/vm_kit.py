@@ -63,7 +63,7 @@ def _write(folder: Path, name: str, **sections: object) -> Path:
     return path
 
 
-def machines_of(supervisor: Supervisor) -> list[int]:
+def machine_processes(supervisor: Supervisor) -> list[int]:
     """Pids of the processes that have a machine of a supervisor's runs: QEMUs, and run processes
     with a KVM of their own, which are known by what they hold open."""
     qemus = {pid for pid in processes_of(supervisor.state_dir) if "qemu" in _program(pid)}
