@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -64,9 +64,11 @@ _WATCH_TIMEOUT = 10.0
 # A file that is kept is handed on too where it is this small (bytes): structured output is read.
 _LOOKED_AT = 4 * 1024 * 1024
 _OUTPUT_TIMEOUT = 60.0
-# A piece of output handed on at once (bytes). Guests send 4096; a hostile one may send 64 MiB, and
-# the run actor's mailbox counts messages.
+# A piece of output handed on at once: bytes, and lines. Guests send 4096 bytes; a hostile one may
+# send 64 MiB, and the run actor's mailbox counts messages. Each line is an event, 60 us of the run
+# actor's time, in which it takes no cancel: the 32,000 empty lines of 64 KiB would be 2 s.
 _OUTPUT_PIECE = 64 * 1024
+_OUTPUT_LINES = 256
 # When the channel is lost or the machine ends, how long the other of the two is waited for, which
 # tells the reason or brings the last output (seconds).
 _END_SECONDS = 2.0
@@ -240,8 +242,7 @@ class VmActor(Actor):
         number = message.number
 
         def on_output(stream: str, data: bytes) -> None:
-            for start in range(0, len(data), _OUTPUT_PIECE):
-                piece = data[start : start + _OUTPUT_PIECE]
+            for piece in _pieces(data):
                 self._pass_on(ExecOutput(number=number, stream=stream, data=piece))
 
         def on_done(outcome: ExecResult | ChannelFault) -> None:
@@ -386,6 +387,18 @@ class VmActor(Actor):
                 self._telemetry,
                 GuestSamples(run_id=self._spec.run_id, stage_name=self._stage, samples=samples),
             )
+
+
+def _pieces(output: bytes) -> Iterator[bytes]:
+    """Output in pieces that take the run actor a moment each."""
+    start = 0
+    while start < len(output):
+        piece = output[start : start + _OUTPUT_PIECE]
+        lines = piece.split(b"\n", _OUTPUT_LINES)
+        if len(lines) > _OUTPUT_LINES and lines[_OUTPUT_LINES]:
+            piece = piece[: -len(lines[_OUTPUT_LINES])]
+        yield piece
+        start += len(piece)
 
 
 def _answer(delivery: Delivery, outcome: object, reply: Message | None) -> None:

@@ -269,10 +269,12 @@ def test_huge_pieces_of_output_are_taken_a_little_at_a_time(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
+    lines: list[int] = []
     taken = RunActor.on_exec_output
 
     def measured(run: RunActor, message: ExecOutput, delivery: Delivery) -> None:
         sizes.append(len(message.data))
+        lines.append(message.data.count(b"\n"))
         taken(run, message, delivery)
 
     handlers: dict[Any, Any] = RunActor._handlers
@@ -281,6 +283,7 @@ def test_huge_pieces_of_output_are_taken_a_little_at_a_time(
     assert house.wait_over().status is RunStatus.SUCCEEDED
     assert sum(sizes) == 10_000_000
     assert max(sizes) <= 65536
+    assert max(lines) <= 256, "a cancel waits for one message, and each line is an event"
 
 
 def test_stopping_a_machine_says_what_it_took(house: House) -> None:
