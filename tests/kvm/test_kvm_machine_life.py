@@ -3,6 +3,7 @@ Linux: so it runs where KVM only emulates, too."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -157,7 +158,8 @@ def test_connections_end_with_the_machine_and_not_when_it_is_closed(make: MakeGu
         client.connect(str(guest.machine.spec.scratch / "vsock.sock"))
         client.sendall(b"CONNECT 5000\n")
         guest.machine.kill()
-        assert client.recv(10) == b""
+        with contextlib.suppress(ConnectionResetError):  # an end before its line was read
+            assert client.recv(10) == b""
     thread.join(WAIT)
     assert errors == ["machine m0: stopped"]
 
