@@ -29,9 +29,10 @@ from voidbus.vm.devices.vsock_sockets import HostSockets, open_host_port
 from voidbus.vm.guest.boot_line import MORE_BYTES
 from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage
+from voidbus.vm.kernel_line import kernel_line, require_length
 from voidbus.vm.kvm.acpi_tables import MmioDevice
 from voidbus.vm.kvm.boot_marks import MARKS_ADDRESS
-from voidbus.vm.kvm.kernel_line import kernel_line
+from voidbus.vm.kvm.loading import LONGEST_LINE
 from voidbus.vm.kvm.memory import LOW_END
 from voidbus.vm.kvm.virtual_machine import IO_APIC_PINS
 from voidbus.vm.machine import Lease, MachineSpec
@@ -52,6 +53,13 @@ FIRST_LINE = 5
 """Their first interrupt line; the ones below are a PC's timer, keyboard and serial ports."""
 MAX_DEVICES = IO_APIC_PINS - FIRST_LINE
 """Devices there are lines for: each has its own, as edges on a shared one get lost."""
+
+NOT_THERE = (
+    "pci=off",  # there is none to look for
+    "i8042.nokbd",  # nor a keyboard
+    "i8042.noaux",
+)
+"""What the kernel would look for (admin-guide/kernel-parameters.rst)."""
 
 _FINAL = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -96,7 +104,9 @@ class GuestDevices:
     @property
     def kernel_line(self) -> str:
         """What the kernel is told, the secret among it. Raises ValueError (too long)."""
-        return kernel_line(self._arguments)
+        line = kernel_line(self._arguments)
+        require_length(line, LONGEST_LINE)
+        return line
 
     @property
     def places(self) -> list[MmioDevice]:
@@ -110,7 +120,8 @@ class GuestDevices:
         """Open everything; only what serves the network runs yet. Once. Raises OSError, ValueError,
         ImageError, MountError, NetworkError; ``close`` is due all the same."""
         spec = self._spec
-        self._arguments = [*first_arguments(spec), f"voidbus.marks={MARKS_ADDRESS}"]
+        marks = f"voidbus.marks={MARKS_ADDRESS}"
+        self._arguments = [*NOT_THERE, *first_arguments(spec), marks]
         # A path through the opened directory is short, however long the directory's own is.
         folder = os.open(spec.scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open.callback(os.close, folder)
@@ -122,7 +133,7 @@ class GuestDevices:
             self._add_network(deadline)
         self._tell_of_mounts(mounts)
         self._add(EntropyDevice(), self._vsock_loop)
-        kernel_line(self._arguments)
+        _ = self.kernel_line  # mounts' paths may be such that no line carries them
         if len(self.transports) > MAX_DEVICES:
             raise TooManyDevices(
                 f"{len(self.transports)} devices, but a machine has room for {MAX_DEVICES}; mount "
@@ -237,12 +248,8 @@ class GuestDevices:
         """On the kernel's command line, as the protocol has it. Where they have no room there, a
         guest of ours reads them from a disk; any other gets the error of a line that is too long.
         Raises ValueError."""
-        try:
-            kernel_line([*self._arguments, *mounts])
-            fits = True
-        except ValueError:
-            fits = False
-        if fits or self._image.name == GIVEN:
+        together = kernel_line([*self._arguments, *mounts])
+        if len(together) <= LONGEST_LINE or self._image.name == GIVEN:
             self._arguments += mounts
             return
         text = " ".join(mounts).encode()

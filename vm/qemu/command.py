@@ -13,8 +13,9 @@ by the clock (the least 5.1 and 5.3). Under KVM it was not measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+from voidbus.vm.kernel_line import require_length
 
 MAX_DEVICES = 23
 """The microvm machine with two I/O APICs has 24 virtio-mmio transports (QEMU hw/i386/microvm.c),
@@ -32,19 +33,6 @@ _SETTING = '  append = "{}"\n'
 
 LONGEST_LINE = _CONFIG_LINE - len(_SETTING.format(""))
 """Bytes of a kernel's command line that reach it whole."""
-
-# Kernel Documentation/admin-guide/kernel-parameters.rst. One line a reason:
-KERNEL_ARGUMENTS = (
-    "console=ttyS0",
-    "quiet",  # each character is an exit to QEMU
-    "panic=-1",  # a panic resets at once,
-    "reboot=t",  # by a triple fault, which -no-reboot turns into the end of QEMU
-    "8250.nr_uarts=1",  # no probing for three more
-    "random.trust_cpu=on",
-    "ipv6.disable=1",  # the user-mode network has none
-    "cryptomgr.notests",  # 0.1 s of an emulated processor, for ciphers that work
-    "nokaslr",  # relocation costs time under emulation, and a guest's root is the guest's own
-)
 
 
 @dataclass(frozen=True)
@@ -95,23 +83,11 @@ class Layout:
         )
 
 
-def kernel_line(arguments: Sequence[str]) -> str:
-    """The kernel's command line. Raises ValueError for an argument that would not arrive whole."""
-    for argument in arguments:
-        if not argument.isascii() or not argument.isprintable() or set(argument) & set(' "\\'):
-            raise ValueError(f"{argument!r} can't stand on a kernel's command line")
-    return " ".join((*KERNEL_ARGUMENTS, *arguments))
-
-
 def config_text(line: str) -> str:
     """A QEMU configuration file with what others on the host must not read in an argument list:
     the kernel's command line carries the secret of the guest channel. Raises ValueError for a line
     QEMU would cut."""
-    if len(line) > LONGEST_LINE:
-        raise ValueError(
-            f"the kernel's command line of {len(line)} bytes is too long; use fewer mounts, or "
-            "mount them at shorter paths in the guest"
-        )
+    require_length(line, LONGEST_LINE)
     return f"[machine]\n{_SETTING.format(line)}"
 
 

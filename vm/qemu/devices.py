@@ -20,6 +20,7 @@ from voidbus.vm.devices.vhost_user_vsock import VhostUserVsock
 from voidbus.vm.guest.boot_line import MORE_BYTES
 from voidbus.vm.image.guest_image import GIVEN
 from voidbus.vm.image.store import GuestImage, ImageError
+from voidbus.vm.kernel_line import kernel_line
 from voidbus.vm.machine import Lease, MachineError, MachineSpec
 from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
@@ -31,7 +32,6 @@ from voidbus.vm.qemu.command import (
     Layout,
     VhostUser,
     config_text,
-    kernel_line,
 )
 from voidbus.vm.qemu.host_clock import counter_khz
 from voidbus.vm.qemu.user import qemu_user, readable
