@@ -6,11 +6,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
 from typing import Protocol
 
 from voidbus.transport.fault import BusError, Fault, FaultReason
 from voidbus.transport.message import Message, Right
+from voidbus.transport.under_way import UnderWay
 
 _allocate_lock = threading.Lock
 _monotonic = time.monotonic
@@ -36,7 +36,7 @@ class Ask:
     """A question under way. It ends exactly once: with a reply, a fault, or at its deadline.
 
     `deadline` is on this process's monotonic clock. Any thread may wait for it; `on_end`, when
-    given, is called once by whichever thread ends it and must be quick.
+    given, is called once by whichever thread ends it and must be quick. `node` may answer it.
     """
 
     __slots__ = (
@@ -47,6 +47,7 @@ class Ask:
         "address",
         "attachments",
         "deadline",
+        "node",
         "on_end",
         "outcome",
     )
@@ -61,6 +62,7 @@ class Ask:
     ) -> None:
         self.address = address
         self.deadline = deadline
+        self.node = ""
         self.outcome: Message | None = None
         self.attachments: Sequence[bytes] = ()
         self.on_end = on_end
@@ -193,107 +195,41 @@ class Receiver(Protocol):
         """Take the message, or say why not."""
 
 
-class DeadlineWheel:
-    """Which asks end when: buckets of 50 ms, so that a million short asks cost no heap of timers.
-
-    Not thread-safe; PendingAsks holds the lock.
-    """
-
-    TICK = 0.05
-
-    def __init__(self) -> None:
-        self._buckets: dict[int, set[int]] = {}
-        self._order: list[int] = []  # a heap of exactly the buckets there are
-        self._held = 0
-
-    def add(self, number: int, deadline: float) -> bool:
-        """Add an ask. True where its bucket is now the earliest one."""
-        slot = int(deadline / self.TICK) + 1
-        self._held += 1
-        bucket = self._buckets.get(slot)
-        if bucket is not None:
-            bucket.add(number)
-            return False
-        self._buckets[slot] = {number}
-        heappush(self._order, slot)
-        return self._order[0] == slot
-
-    def discard(self, number: int, deadline: float) -> None:
-        slot = int(deadline / self.TICK) + 1
-        bucket = self._buckets.get(slot)
-        if bucket is not None and number in bucket:
-            bucket.remove(number)
-            self._held -= 1
-            # An empty bucket stays for the next ask with this deadline, but not for ever.
-            if len(self._order) > 64 + 2 * self._held:
-                self._buckets = {slot: bucket for slot, bucket in self._buckets.items() if bucket}
-                self._order = sorted(self._buckets)
-
-    def next_at(self) -> float | None:
-        """When `due` will next have something; None where nothing waits."""
-        while self._order and not self._buckets[self._order[0]]:
-            del self._buckets[heappop(self._order)]
-        return self._order[0] * self.TICK if self._order else None
-
-    def due(self, now: float) -> list[int]:
-        """Take out every ask whose bucket has passed."""
-        numbers: list[int] = []
-        current = int(now / self.TICK)
-        while self._order and self._order[0] <= current:
-            numbers.extend(self._buckets.pop(heappop(self._order)))
-        self._held -= len(numbers)
-        return numbers
-
-
 class PendingAsks:
-    """The asks a node waits for, by number, with their deadlines. Thread-safe and bounded."""
+    """The asks a node waits for, by number. Thread-safe and bounded."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lock = threading.Lock()
-        self._asks: dict[int, tuple[str, Ask]] = {}
-        self._wheel = DeadlineWheel()
+        self._asks: UnderWay[int, Ask] = UnderWay()
 
     def __len__(self) -> int:
         return len(self._asks)
 
     def add(self, number: int, node: str, ask: Ask) -> bool | None:
         """Wait for `ask` of `node`. None: the table is full. True: the sleeper must wake."""
-        with self._lock:
-            if len(self._asks) >= self._limit:
-                return None
-            self._asks[number] = (node, ask)
-            return self._wheel.add(number, ask.deadline)
+        if len(self._asks) >= self._limit:
+            return None
+        ask.node = node
+        return self._asks.add(number, ask)
 
     def take(self, number: int, node: str | None = None) -> Ask | None:
         """Stop waiting and return the ask; None where it isn't waited for, or not of `node`."""
-        with self._lock:
-            found = self._asks.get(number)
-            if found is None or (node is not None and found[0] != node):
+        if node is not None:
+            ask = self._asks.get(number)
+            if ask is None or ask.node != node:
                 return None
-            del self._asks[number]
-            self._wheel.discard(number, found[1].deadline)
-            return found[1]
+        return self._asks.take(number)
 
     def take_nodes(self, chosen: Callable[[str], bool]) -> list[Ask]:
         """Stop waiting for everything asked of the nodes that are `chosen`."""
-        with self._lock:
-            numbers = [number for number, (node, _) in self._asks.items() if chosen(node)]
-            taken = []
-            for number in numbers:
-                _, ask = self._asks.pop(number)
-                self._wheel.discard(number, ask.deadline)
-                taken.append(ask)
-            return taken
+        numbers = [number for number, ask in self._asks.items() if chosen(ask.node)]
+        return [ask for number in numbers if (ask := self._asks.take(number)) is not None]
 
     def take_due(self, now: float) -> list[Ask]:
-        with self._lock:
-            due = self._wheel.due(now)
-            return [self._asks.pop(number)[1] for number in due if number in self._asks]
+        return [ask for _, ask in self._asks.take_due(now)]
 
     def next_at(self) -> float | None:
-        with self._lock:
-            return self._wheel.next_at()
+        return self._asks.next_at()
 
 
 class ReplyStore:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from voidbus.transport.delivery import DeadlineWheel
 from voidbus.transport.envelope import Envelope, Kind
+from voidbus.transport.under_way import UnderWay
 
 # Asks a hub forwards at once. Tells are noted, so that they can come back, while they take no more
 # than half of it.
@@ -19,7 +19,6 @@ Identity = tuple[int, int]
 class Forwarded:
     """An ask or tell passed on to another node: who sent it, to whom, until when."""
 
-    number: int
     kind: Kind
     origin_node: str
     target_node: str
@@ -30,10 +29,7 @@ class Forwards:
     """What is under way between other nodes. For one thread."""
 
     def __init__(self) -> None:
-        self._entries: dict[Identity, Forwarded] = {}
-        self._identities: dict[int, Identity] = {}
-        self._wheel = DeadlineWheel()
-        self._last = 0
+        self._entries: UnderWay[Identity, Forwarded] = UnderWay()
 
     def __contains__(self, identity: Identity) -> bool:
         return identity in self._entries
@@ -46,22 +42,15 @@ class Forwards:
         is_ask = envelope.kind is Kind.ASK
         if len(self._entries) >= (FORWARDS_LIMIT if is_ask else FORWARDS_LIMIT // 2):
             return not is_ask
-        self._last += 1
-        identity = (envelope.origin, envelope.sequence)
-        self._entries[identity] = Forwarded(
-            self._last, envelope.kind, origin, target, envelope.deadline
+        self._entries.add(
+            (envelope.origin, envelope.sequence),
+            Forwarded(envelope.kind, origin, target, envelope.deadline),
         )
-        self._identities[self._last] = identity
-        self._wheel.add(self._last, envelope.deadline)
         return True
 
     def end(self, identity: Identity) -> Forwarded | None:
         """It was answered, or failed; None where it is not under way."""
-        forwarded = self._entries.pop(identity, None)
-        if forwarded is not None:
-            del self._identities[forwarded.number]
-            self._wheel.discard(forwarded.number, forwarded.deadline)
-        return forwarded
+        return self._entries.take(identity)
 
     def end_to(self, target: str) -> list[tuple[Identity, Forwarded]]:
         """End everything that was passed on to `target`."""
@@ -72,9 +61,8 @@ class Forwards:
 
     def next_at(self) -> float | None:
         """When `expire` will next have something to do."""
-        return self._wheel.next_at()
+        return self._entries.next_at()
 
     def expire(self, now: float) -> None:
         """Forget what is past its deadline: the asker ends it by its own."""
-        for number in self._wheel.due(now):
-            del self._entries[self._identities.pop(number)]
+        self._entries.take_due(now)

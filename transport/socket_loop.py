@@ -84,6 +84,7 @@ class SocketLoop:
         self._unread: set[zmq.Socket[bytes]] = set()
         self._bursting = False  # more than one message has come at once
         self._by_fd: dict[int, zmq.Socket[bytes]] = {}
+        self._routers: frozenset[zmq.Socket[bytes]] = frozenset()
         self._poller = select.poll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
@@ -216,6 +217,7 @@ class SocketLoop:
         self._by_fd = {int(s.getsockopt(zmq.FD)): s for s in self._owner.sockets()}
         for fd in self._by_fd:
             self._poller.register(fd, select.POLLIN)
+        self._routers = frozenset(s for s in self._by_fd.values() if s.type == zmq.ROUTER)
         # They may have something already, of which their descriptors told before.
         self._touched.clear()
         self._unread = set(self._by_fd.values())
@@ -319,6 +321,7 @@ class SocketLoop:
 
     def _drain(self, socket: zmq.Socket[bytes]) -> None:
         """Read up to a burst of messages from a socket."""
+        routed = socket in self._routers
         for number in range(_BURST):
             # Mostly there is one message, and before we sleep we look again; in a burst zmq.Again,
             # which costs three looks, ends it.
@@ -326,7 +329,7 @@ class SocketLoop:
                 self._touched.add(socket)
                 return
             try:
-                frames = receive_frames(socket)
+                frames = receive_frames(socket, routed=routed)
             except zmq.Again:
                 self._bursting = number > 1
                 return

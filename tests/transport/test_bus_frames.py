@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voidbus.transport.delivery import DeadlineWheel
 from voidbus.transport.envelope import Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.topics import TopicTracker
 
@@ -79,33 +78,6 @@ def test_whatever_is_read_raises_a_frame_error_or_nothing(frames: list[bytes]) -
 def test_more_attachments_than_the_limit_are_not_written(limit: int) -> None:
     with pytest.raises(FrameError, match="attachments"):
         Envelope(Kind.TELL, "a/b", "c/d", attachments=[b""] * limit).frames()
-
-
-@given(st.lists(st.tuples(st.booleans(), st.floats(0, 100)), max_size=200))
-def test_the_wheel_gives_every_ask_once_and_keeps_no_leftovers(
-    steps: list[tuple[bool, float]],
-) -> None:
-    wheel, held = DeadlineWheel(), dict[int, float]()
-    for number, (is_short, deadline) in enumerate(steps):
-        wheel.add(number, deadline)
-        held[number] = deadline
-        if is_short:
-            wheel.discard(number, deadline)
-            del held[number]
-    assert len(wheel._order) <= 65 + 2 * len(steps)
-    next_at = wheel.next_at()
-    assert (next_at is None) == (not held)
-    assert next_at is None or next_at >= min(held.values())
-    assert sorted(wheel.due(101.0)) == sorted(held)
-    assert wheel.next_at() is None
-
-
-def test_a_stream_of_answered_asks_leaves_nothing_in_the_wheel() -> None:
-    wheel = DeadlineWheel()
-    for number in range(20_000):
-        wheel.add(number, 30.0 + number / 10_000)
-        wheel.discard(number, 30.0 + number / 10_000)
-    assert len(wheel._order) <= 65
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(0, 60))
