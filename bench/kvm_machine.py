@@ -1,6 +1,6 @@
 """A KVM machine of ours with the stock kernel and image, beside QEMU's on the same /dev/kvm.
 
-Floor: QEMU's microvm as voidbus starts it, accelerated.
+Floor: QEMU's microvm as voidbus starts it, accelerated. Peer: Firecracker, where one is in PATH.
 Reported: from start to the first program's answer, with its steps; exits handled here during a
 boot, by cause; round trip of a program; bytes a second in and out, with the vsock of ours and with
 the kernel's; CPU and release of an idle machine; private memory of a run's process beside its
@@ -36,6 +36,7 @@ from kit.machines import (
 )
 from kit.measure import Report, interleave, seconds, start_report
 from kit.supervised import SANDBOX, Supervised
+from peers import firecracker
 
 from voidbus.vm.channel import GuestChannel
 from voidbus.vm.devices.vhost_vsock import VHOST_VSOCK
@@ -78,9 +79,10 @@ class Starts:
         return ended - began
 
 
-def qemus() -> float:
-    with new_spec("qemu") as spec:
-        machine = make(QemuMachine, spec)
+def start_of(kind: type[Machine]) -> float:
+    """From a start to the first program's answer."""
+    with new_spec(kind.name) as spec:
+        machine = make(kind, spec)
         try:
             return seconds(lambda: execute(machine.start(START_SECONDS), "true"))
         finally:
@@ -168,9 +170,17 @@ def main() -> None:
         return
     starts = Starts()
     rounds = 1 if options.quick else 5
-    found = interleave(rounds, {"qemu": qemus, "kvm": starts.ours}, warm=not options.quick)
-    report.figure("qemu: until the first exec's answer", median(found["qemu"]), "s")
-    report.figure("kvm: until the first exec's answer", median(found["kvm"]), "s")
+    jobs: dict[str, Callable[[], float]] = {
+        "qemu": partial(start_of, QemuMachine),
+        "kvm": starts.ours,
+    }
+    if firecracker.PROGRAM is not None:
+        jobs["firecracker"] = partial(start_of, firecracker.FirecrackerMachine)
+    else:
+        report.leave_out("firecracker", "there is none in PATH")
+    found = interleave(rounds, jobs, warm=not options.quick)
+    for name, taken in found.items():
+        report.figure(f"{name}: until the first exec's answer", median(taken), "s")
     for name, values in zip(_STEPS, zip(*starts.steps[-rounds:], strict=True), strict=True):
         report.figure(f"kvm: {name}", median(values) * 1000, "ms")
     for cause, count in starts.exits.most_common():
@@ -178,6 +188,9 @@ def main() -> None:
     idle(report, 0.5 if options.quick else 5.0, 1.0 if options.quick else 20.0)
     transfers(report, 1 if options.quick else 5, 1 if options.quick else 16)
     report.at_most("a start: times QEMU's", median(found["kvm"]) / median(found["qemu"]), 1.0)
+    if "firecracker" in found:
+        ratio = median(found["kvm"]) / median(found["firecracker"])
+        report.figure("a start: times Firecracker's", ratio)
     report.at_most("exits of a boot", sum(starts.exits.values()), 2000)
     released = median(starts.releases[-rounds:]) * 1000
     report.at_most("from an idle machine to everything released, ms", released, 50.0)
