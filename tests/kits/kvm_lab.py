@@ -2,8 +2,8 @@
 machine with SVM, so that `/dev/kvm` there is the real kvm-amd's.
 
 It sees this host's files read-only, with a scratch in memory over them; only what is written to
-`build/lab` stays, beside the lab's own console. Everything in it is slow: a guest boots in ten
-seconds. `scripts/kvm-lab` runs a command in it.
+`build/lab` stays, beside the lab's own console. Everything in it is slow: a guest boots in six
+seconds. `scripts/kvm-lab` runs a command in it, and `scripts/lab` tests (`lab_python.py`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from voidbus.vm.image.store import default_store
 from voidbus.vm.qemu.process import PROGRAM
 
 META_PACKAGE = "linux-image-amd64"
-MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd", "vhost_vsock")
+MODULES = (
+    *("virtio_pci", "9pnet_virtio", "9p", "overlay"),
+    *("virtio_console", "kvm_amd", "vhost_vsock"),
+)
 LAB_SECONDS = 2400.0
 """After which the lab is ended, whatever it is at."""
 
 RESULTS = Path("build/lab").absolute()
 """Where files of the command's own stay."""
+
+EMPTY = RESULTS / "empty"
+"""In each lab a folder in its own memory, with one for temporary files of tests in it."""
 
 _PROCESSOR = "EPYC,+svm,+npt,-xsave"
 """Without XSAVE: with it a guest's kernel warns of an "XSAVE consistency problem: size 832 !=
@@ -55,6 +61,8 @@ mount -t devpts devpts /root/dev/pts
 for place in run dev/shm; do mount -t tmpfs tmpfs /root/$place; done
 mkdir -m 1777 /root/run/tmp
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 results /root$(cat /place)
+mount -t tmpfs tmpfs /root$(cat /empty)
+mkdir /root$(cat /empty)/tests
 # A page of a guest's memory that is used first is an exit, and there slow: let it be a big one.
 echo always > /root/sys/kernel/mm/transparent_hugepage/shmem_enabled
 chmod 666 /root/dev/kvm /root/dev/vhost-vsock
@@ -69,13 +77,14 @@ echo "lab: exit $?"
 """
 
 
-def fetched_kernel(cache: Path) -> Path:
+def fetched_kernel() -> Path:
     """The unpacked package of a whole Debian kernel: fetched by apt, not installed."""
+    cache = default_store().root.parent / "lab"
     shown = subprocess.run(
         ["apt-cache", "depends", META_PACKAGE], capture_output=True, text=True, check=True
     ).stdout
     (package, *_) = re.findall(r"Depends: (linux-image-\S+)", shown)
-    unpacked = cache / package
+    unpacked: Path = cache / package
     if not unpacked.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -85,8 +94,12 @@ def fetched_kernel(cache: Path) -> Path:
             subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
             (release,) = (target / "lib/modules").iterdir()
             subprocess.run(["depmod", "-b", target, release.name], check=True)
-            target.rename(unpacked)
-    return Path(unpacked)
+            try:
+                target.rename(unpacked)
+            except OSError:
+                if not unpacked.exists():  # another lab's was as good
+                    raise
+    return unpacked
 
 
 def needed_modules(folder: Path) -> list[Path]:
@@ -102,8 +115,8 @@ def needed_modules(folder: Path) -> list[Path]:
     return [folder / file for file in files]
 
 
-def entries(kernel: Path, command: list[str]) -> list[Entry]:
-    """The lab's initramfs."""
+def entries(kernel: Path, command: list[str], redirection: str = "") -> list[Entry]:
+    """The lab's initramfs, for one command there and a shell's words of what its files are."""
     (release,) = (kernel / "lib/modules").iterdir()
     modules = needed_modules(release)
     busybox = default_store().current().kernel.parent / "root/usr/bin/busybox"
@@ -112,7 +125,8 @@ def entries(kernel: Path, command: list[str]) -> list[Entry]:
         f"export HOME={shlex.quote(os.environ['HOME'])} PATH={shlex.quote(os.environ['PATH'])}\n"
         # Not /tmp, where the checkout may be: this one is in memory and empty.
         "export TMPDIR=/run/tmp\n"
-        f"export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8\nexec {shlex.join(command)}\n"
+        f"export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8\n"
+        f"exec {shlex.join(command)} {redirection}\n"
     )
     places = ("bin", "proc", "sys", "dev", "host", "scratch", "root", "modules")
     return [
@@ -121,30 +135,33 @@ def entries(kernel: Path, command: list[str]) -> list[Entry]:
         regular("init", _INIT.encode(), 0o755),
         regular("command", script.encode(), 0o644),
         regular("place", os.fsencode(RESULTS), 0o644),
+        regular("empty", os.fsencode(EMPTY), 0o644),
         regular("ending", _ENDING.encode(), 0o644),
         regular("order", "\n".join(file.name for file in modules).encode(), 0o644),
         *(regular(f"modules/{file.name}", file.read_bytes(), 0o644) for file in modules),
     ]
 
 
-def qemu_command(image: Path, initramfs: Path) -> list[str]:
+def qemu_command(kernel: Path, initramfs: Path) -> list[str]:
     """The lab. One processor: with two the emulated SVM stops now and then, and is no faster."""
+    (image,) = (kernel / "boot").glob("vmlinuz-*")
+    EMPTY.mkdir(parents=True, exist_ok=True)
     return [
         *("setpriv", "--pdeathsig", "KILL", PROGRAM),
         *("-M", "q35", "-accel", "tcg", "-cpu", _PROCESSOR),
         *("-m", "4G", "-smp", "1", "-nodefaults", "-no-reboot", "-display", "none"),
-        *("-serial", "stdio", "-kernel", os.fspath(image), "-initrd", os.fspath(initramfs)),
+        *("-kernel", os.fspath(image), "-initrd", os.fspath(initramfs)),
         *("-virtfs", _SHARE, "-virtfs", _RESULTS_SHARE),
         *("-append", "console=ttyS0 loglevel=3 panic=-1 mitigations=off"),
     ]
 
 
-def run(image: Path, initramfs: Path) -> int:
+def run(kernel: Path, initramfs: Path) -> int:
     """Boot the lab and show its console; the command's exit status."""
     deadline = time.monotonic() + LAB_SECONDS
     with (RESULTS / "console.log").open("wb", buffering=0) as kept:
         qemu = subprocess.Popen(
-            qemu_command(image, initramfs),
+            [*qemu_command(kernel, initramfs), "-serial", "stdio"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # features of that processor which are not emulated
@@ -181,13 +198,12 @@ def main() -> int:
     if not command or command[0] in ("-h", "--help"):
         sys.stderr.write("scripts/kvm-lab COMMAND...: run it where there is a real KVM\n")
         return 2
-    kernel = fetched_kernel(default_store().root.parent / "lab")
-    (image,) = (kernel / "boot").glob("vmlinuz-*")
+    kernel = fetched_kernel()
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(suffix=".cpio") as initramfs:
         with Path(initramfs.name).open("wb") as file:
             write_archive(entries(kernel, command), file)
-        return run(image, Path(initramfs.name))
+        return run(kernel, Path(initramfs.name))
 
 
 if __name__ == "__main__":
