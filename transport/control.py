@@ -12,7 +12,8 @@ from voidbus.transport.message import Message
 
 
 class Hello(Message, tag="link.hello"):
-    """A leaf presents itself. `token` proves, on the work endpoint, that it is the node it says."""
+    """A leaf presents itself. `token` proves, on the work endpoint, that it is the node it says.
+    `packs`: it reads packed messages (`packing.py`)."""
 
     node: str
     instance: int
@@ -20,12 +21,14 @@ class Hello(Message, tag="link.hello"):
     token: str = Field(default="", repr=False)
     pid: int = 0
     start_time: int = 0
+    packs: bool = False
 
 
 class Welcome(Message, tag="link.welcome"):
     """The hub takes the link. `now` is bus time; `boot` says whose monotonic clock it is.
 
-    `topics_port` is where, on the same host, a link by tcp finds the topics; 0: nowhere.
+    `topics_port` is where, on the same host, a link by tcp finds the topics; 0: nowhere. `packs`:
+    the hub reads packed messages.
     """
 
     hub: str
@@ -33,6 +36,7 @@ class Welcome(Message, tag="link.welcome"):
     now: float
     boot: str
     topics_port: int = 0
+    packs: bool = False
 
 
 class Refused(Message, tag="link.refused"):

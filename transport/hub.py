@@ -8,7 +8,7 @@ for topics. Leaves name themselves with a HELLO; on the work endpoint it must be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import zmq
@@ -23,6 +23,7 @@ from voidbus.transport.hub_sockets import HubSockets
 from voidbus.transport.link import Link
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.node import Node
+from voidbus.transport.packing import packets
 from voidbus.transport.replay import EndedSessions
 from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import PREFIX_LIMIT, TopicSequencer
@@ -148,9 +149,10 @@ class Hub(Node):
             self._take_other(socket, frames)
             return
         identity = frames.pop(0)
-        envelope = self._parse(frames)
-        if envelope is None:
-            return
+        for envelope in self._parse(frames):
+            self._take(socket, identity, envelope)
+
+    def _take(self, socket: zmq.Socket[bytes], identity: bytes, envelope: Envelope) -> None:
         link = self._by_identity.get((socket, identity))
         if link is None:
             self._greet(socket, identity, envelope)
@@ -184,7 +186,8 @@ class Hub(Node):
         if envelope.kind is not Kind.HELLO:
             self.counters["unknown_link"] += 1
             if envelope.kind is not Kind.BYE:
-                self._send_raw(socket, identity, Envelope(Kind.UNKNOWN_LINK, "x/", f"{self.name}/"))
+                unknown = Envelope(Kind.UNKNOWN_LINK, "x/", f"{self.name}/")
+                self._send_raw(socket, identity, unknown.frames())
             return
         try:
             hello = Hello.from_json(envelope.body)
@@ -204,7 +207,8 @@ class Hub(Node):
         if refusal is not None:
             self.counters["unauthorised"] += 1
             refused = Refused(detail=refusal)
-            self._send_raw(socket, identity, _control(Kind.REFUSED, hello.node, self.name, refused))
+            answer = _control(Kind.REFUSED, hello.node, self.name, refused)
+            self._send_raw(socket, identity, answer.frames())
             return
         old = self._links.get(hello.node)
         if old is not None:
@@ -226,6 +230,7 @@ class Hub(Node):
             now=now,
             boot=boot_identity(),
             topics_port=self._topics_port(socket),
+            packs=True,
         )
         if old is None and self._on_join is not None:
             self._loop.defer(partial(self._on_join, hello))
@@ -341,42 +346,53 @@ class Hub(Node):
 
     # -- what goes out ---------------------------------------------------------------------
 
-    def transmit(self, envelope: Envelope) -> None:
-        if envelope.kind is Kind.PUBLISH:
-            self._sent.note(envelope.dest, envelope.sequence)
-            self._send_topic(envelope)
-            return
-        node = envelope.dest.partition("/")[0]
+    def transmit(self, envelopes: Sequence[Envelope]) -> None:
+        by_node: dict[str, list[Envelope]] = {}
+        for envelope in envelopes:
+            if envelope.kind is Kind.PUBLISH:
+                self._sent.note(envelope.dest, envelope.sequence)
+                self._send_topic(envelope)
+            else:
+                by_node.setdefault(envelope.dest.partition("/")[0], []).append(envelope)
+        for node, theirs in by_node.items():
+            self._transmit_to(node, theirs)
+
+    def _transmit_to(self, node: str, envelopes: Sequence[Envelope]) -> None:
         if node == self.name:
-            self._take_answer(envelope, self.name)
+            for envelope in envelopes:
+                self._take_answer(envelope, node)
             return
         link = self._links.get(node)
         if link is None:
-            fault: tuple[FaultReason, str] | None = (
-                FaultReason.NO_SUCH_NODE,
-                f"no node {node} is connected",
-            )
-        else:
-            fault = self._send(link, envelope)
-        if fault is not None:
-            self._not_sent(envelope, *fault)
+            for envelope in envelopes:
+                self._not_sent(envelope, FaultReason.NO_SUCH_NODE, f"no node {node} is connected")
+            return
+        for frames, sent in packets(envelopes, packed=link.hello.packs, on_refused=self._too_large):
+            fault = self._send_frames(link, frames)
+            if fault is not None:
+                for envelope in sent:
+                    self._not_sent(envelope, *fault)
 
     def _send(self, link: Link, envelope: Envelope) -> tuple[FaultReason, str] | None:
-        fault = self._send_raw(link.socket, link.identity, envelope)
+        try:
+            return self._send_frames(link, envelope.frames())
+        except FrameError as error:
+            return FaultReason.TOO_LARGE, str(error)
+
+    def _send_frames(self, link: Link, frames: Sequence[bytes]) -> tuple[FaultReason, str] | None:
+        fault = self._send_raw(link.socket, link.identity, frames)
         if fault is not None and fault[0] is FaultReason.NO_SUCH_NODE:
             self._drop(link.node, FaultReason.LINK_LOST, "the node's connection ended")
         return fault
 
     def _send_raw(
-        self, socket: zmq.Socket[bytes], identity: bytes, envelope: Envelope
+        self, socket: zmq.Socket[bytes], identity: bytes, frames: Sequence[bytes]
     ) -> tuple[FaultReason, str] | None:
         try:
-            self._loop.send(socket, [identity, *envelope.frames()])
+            self._loop.send(socket, [identity, *frames])
         except zmq.Again:
             self.counters["link_full"] += 1
             return FaultReason.OVERLOADED, "the link to the node is full"
-        except FrameError as error:
-            return FaultReason.TOO_LARGE, str(error)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise

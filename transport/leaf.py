@@ -13,7 +13,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import zmq
@@ -25,6 +25,7 @@ from voidbus.transport.envelope import ATTACHMENT_LIMIT, Envelope, FrameError, K
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import CodecError
 from voidbus.transport.node import Node
+from voidbus.transport.packing import packets
 from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import OnGap, OnPublication
 from voidbus.transport.wire import readable, receive_frames
@@ -85,11 +86,13 @@ class Leaf(Node):
             token=token or secrets.token_hex(16),
             pid=os.getpid(),
             start_time=start_time,
+            packs=True,
         )
         self._up = False
         self._was_up = threading.Event()
         self._refused = ""
         self._hub_name = ""
+        self._hub_packs = False
         self._clock_offset = 0.0
         self._last_heard = _monotonic()
         self._pinged_at = 0.0
@@ -187,12 +190,13 @@ class Leaf(Node):
         if socket is self._monitor:
             self._take_event(frames)
             return
-        envelope = self._parse(frames)
-        if envelope is None:
-            return
-        if socket is self._sub:
-            self._publish_here(envelope)
-            return
+        for envelope in self._parse(frames):
+            if socket is self._sub:
+                self._publish_here(envelope)
+            else:
+                self._take(envelope)
+
+    def _take(self, envelope: Envelope) -> None:
         self._last_heard = _monotonic()
         kind = envelope.kind
         if kind is Kind.REPLY or kind is Kind.FAULT:
@@ -259,7 +263,7 @@ class Leaf(Node):
         # as it was when this was sent, wrong by the time it took to come.
         same_clock = welcome.boot and welcome.boot == boot_identity()
         self._clock_offset = 0.0 if same_clock else welcome.now - _monotonic()
-        self._hub_name = welcome.hub
+        self._hub_name, self._hub_packs = welcome.hub, welcome.packs
         if welcome.topics_port and not self._topics_url:
             # A link by tcp is told where the topics are; the host is the one it has reached.
             self._topics_url = f"{self._url.rpartition(':')[0]}:{welcome.topics_port}"
@@ -282,24 +286,34 @@ class Leaf(Node):
 
     # -- what goes out ---------------------------------------------------------------------
 
-    def transmit(self, envelope: Envelope) -> None:
-        if envelope.kind is Kind.PUBLISH:
-            self._publish_here(envelope)
-        if self._up:
+    def transmit(self, envelopes: Sequence[Envelope]) -> None:
+        for envelope in envelopes:
+            if envelope.kind is Kind.PUBLISH:
+                self._publish_here(envelope)
             # Deadlines travel in the hub's time.
-            if envelope.deadline and envelope.kind in (Kind.ASK, Kind.TELL):
+            elif envelope.deadline and envelope.kind in (Kind.ASK, Kind.TELL):
                 envelope.deadline += self._clock_offset
-            fault = self._send(envelope)
-        else:
-            fault = (FaultReason.LINK_LOST, self._refused or "there is no link to the hub")
-        if fault is not None:
-            self._not_sent(envelope, *fault)
+        for frames, sent in packets(envelopes, packed=self._hub_packs, on_refused=self._too_large):
+            if self._up:
+                fault = self._send_frames(frames)
+            else:
+                fault = FaultReason.LINK_LOST, self._refused or "there is no link to the hub"
+            if fault is not None:
+                for envelope in sent:
+                    self._not_sent(envelope, *fault)
 
     def _send(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
+        try:
+            frames = envelope.frames()
+        except FrameError as error:
+            return FaultReason.TOO_LARGE, str(error)
+        return self._send_frames(frames)
+
+    def _send_frames(self, frames: Sequence[bytes]) -> tuple[FaultReason, str] | None:
         if self._dealer is None:
             return FaultReason.LINK_LOST, "there is no link to the hub"
         try:
-            self._loop.send(self._dealer, envelope.frames())
+            self._loop.send(self._dealer, frames)
         except zmq.Again:
             # Full, or without a connection: then its end has been told already.
             was_up = self._up
@@ -308,8 +322,6 @@ class Leaf(Node):
                 return FaultReason.LINK_LOST, "the connection to the hub ended"
             self.counters["link_full"] += 1
             return FaultReason.OVERLOADED, "the link to the hub is full"
-        except FrameError as error:
-            return FaultReason.TOO_LARGE, str(error)
         return None
 
     def _say_hello(self) -> None:

@@ -23,6 +23,7 @@ from voidbus.transport.envelope import Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.outbound import Outbound
+from voidbus.transport.packing import unpack
 from voidbus.transport.socket_loop import SocketLoop
 from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import PREFIX_LIMIT, OnGap, OnPublication, TopicSequencer
@@ -421,12 +422,16 @@ class Node(ABC):
             self.guard(alarm[1])
         self._on_timer(now)
 
-    def _parse(self, frames: Sequence[bytes]) -> Envelope | None:
+    def _parse(self, frames: list[bytes]) -> list[Envelope]:
+        """What a message from another node holds; one that can't be read is counted."""
         try:
-            return read_envelope(frames)
+            return [read_envelope(parts) for parts in unpack(frames)]
         except FrameError:
             self.counters["malformed"] += 1
-            return None
+            return []
+
+    def _too_large(self, envelope: Envelope, detail: str) -> None:
+        self._not_sent(envelope, FaultReason.TOO_LARGE, detail)
 
     def _publish_here(self, envelope: Envelope) -> None:
         for subscription in self._subscriptions:
@@ -454,7 +459,7 @@ class Node(ABC):
     def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None: ...
 
     @abstractmethod
-    def transmit(self, envelope: Envelope) -> None: ...
+    def transmit(self, envelopes: Sequence[Envelope]) -> None: ...
 
     @abstractmethod
     def _timer_at(self) -> float | None: ...

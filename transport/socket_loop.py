@@ -48,8 +48,8 @@ class LoopOwner(Protocol):
     def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         """A message came."""
 
-    def transmit(self, envelope: Envelope) -> None:
-        """Send an envelope."""
+    def transmit(self, envelopes: Sequence[Envelope]) -> None:
+        """Send envelopes; those for one node in their order."""
 
     def next_timer(self) -> float | None:
         """When `on_timer` has something to do next (monotonic). Asked after `on_timer`."""
@@ -345,14 +345,15 @@ class SocketLoop:
         self._unread.add(socket)
 
     def _flush(self) -> None:
-        sent = 0
-        for _ in range(len(self._outbound)):
-            envelope = self._outbound.popleft()
-            sent += envelope.size
-            self._owner.transmit(envelope)
-        if sent:
-            with self._queue_lock:
-                self._outbound_bytes -= sent
+        waiting = len(self._outbound)
+        if waiting:
+            envelopes = [self._outbound.popleft() for _ in range(waiting)]
+            sent = sum([envelope.size for envelope in envelopes])
+            try:
+                self._owner.transmit(envelopes)
+            finally:
+                with self._queue_lock:
+                    self._outbound_bytes -= sent
 
     def _milliseconds_to(self, deadline: float | None) -> int:
         """How long to sleep, for the timers and whoever drives."""

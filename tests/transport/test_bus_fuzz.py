@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from voidbus.transport.admission import token_digest
 from voidbus.transport.control import Hello
 from voidbus.transport.envelope import Envelope, Kind, read_envelope
 from voidbus.transport.message import Right
+from voidbus.transport.packing import pack
 from voidbus.transport.topics import PREFIX_LIMIT
 
 MESSAGES = 600
@@ -126,6 +128,7 @@ def test_envelopes_with_a_few_wrong_bytes_from_a_known_link_harm_nobody(
             for dest in ("hub/echo", "run-1/echo", f"{name}/news")
         ),
     ]
+    seeds += [pack([one[0], other[0]]) for one, other in pairwise(seeds)]
     with dealer(hub_bus, right) as peer:
         for number in range(MESSAGES):
             if number % 50 == 0:  # what was sent may have been a goodbye
