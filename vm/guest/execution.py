@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
+import struct
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from .place import WORKSPACE, Place
 
 DRAIN_SECONDS = 0.5
 """How long output is still read after the program exited, when something it started holds
-its pipes open."""
+its pipes open. What was in them when it exited is read however long that takes."""
 
 STDIN_BYTES = 65536
 
@@ -29,9 +32,11 @@ class Tail:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._data = bytearray()
+        self.total = 0
         self.truncated = False
 
     def add(self, data: bytes) -> None:
+        self.total += len(data)
         self._data += data
         if len(self._data) > 2 * self._limit:
             self._trim()
@@ -157,11 +162,12 @@ class Execution:
         for fd in handlers:
             poll.register(fd, select.POLLOUT if fd not in (exited, *outputs) else select.POLLIN)
         deadline: float | None = None
+        printed: dict[Tail, int] = {}  # until the program exited
         try:
             while handlers.keys() & outputs.keys() or deadline is None:
                 wait = None if deadline is None else max(0.0, deadline - time.monotonic())
                 ready = poll.poll(None if wait is None else wait * 1000)
-                if not ready or wait == 0.0:
+                if not ready or (wait == 0.0 and all(t.total >= n for t, n in printed.items())):
                     return
                 for fd, _ in ready:
                     if not handlers[fd]():
@@ -169,6 +175,7 @@ class Execution:
                         del handlers[fd]
                         if fd == exited:
                             deadline = time.monotonic() + DRAIN_SECONDS
+                            printed = self._printed(child)
                         elif fd not in outputs and child.stdin is not None:
                             child.stdin.close()
         except OSError:
@@ -179,6 +186,15 @@ class Execution:
                 if stream is not None:
                     stream.close()
             os.close(exited)
+
+    def _printed(self, child: subprocess.Popen[bytes]) -> dict[Tail, int]:
+        """Bytes of each output until now: those that were read, and those in its pipe."""
+        pipes = {"stdout": child.stdout, "stderr": child.stderr}
+        return {
+            output: output.total + _waiting(pipe.fileno())
+            for name, output in self._outputs.items()
+            if (pipe := pipes[name]) is not None
+        }
 
     def _output_handlers(
         self, child: subprocess.Popen[bytes], emit: Callable[[ExecChunk], None]
@@ -252,6 +268,12 @@ def _write_some(fd: int, pending: memoryview) -> memoryview:
         return pending
     except OSError:  # the program closed its input: it has read all it wants
         return pending[:0]
+
+
+def _waiting(fd: int) -> int:
+    """Bytes in a pipe (pipe(7), FIONREAD)."""
+    (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return int(size)
 
 
 def _milliseconds(began: float) -> int:
