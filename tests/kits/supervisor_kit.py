@@ -142,7 +142,7 @@ class Client:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                return self.ask(actor, message, timeout=5.0)
+                return self.ask(actor, message, timeout=5.0 * SLOW)
             except BusError as error:
                 passing = (
                     FaultReason.LINK_LOST,
