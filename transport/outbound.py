@@ -41,7 +41,7 @@ class Outbound:
             fault = self.submit(envelope)
         if fault is not None:
             self._asks.take(number)
-        elif must_wake:
+        if must_wake:  # in any case: later asks rely on the sleeper's having been told
             self._loop.timers_changed()
         return fault
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from transport_kit import Bus, Echo, Look, Mute, Signal
 
+from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.under_way import LOOK_SECONDS, UnderWay
 
 
@@ -86,3 +89,36 @@ def test_deadlines_that_lie_close_are_looked_at_together() -> None:
     assert things.take_due(1.01) == []
     assert len(things.take_due(1.0 + LOOK_SECONDS)) == 9
     assert things.next_at() is None
+
+
+def test_an_ask_that_could_not_leave_does_not_keep_a_later_one_from_its_deadline(
+    tmp_path: Path,
+) -> None:
+    bus = Bus("ipc", tmp_path)
+    try:
+        bus.hub.attach("x", Mute())
+        bus.hub.attach("y", Echo())
+        held, go, ended = threading.Event(), threading.Event(), Signal()
+        leaf = bus.leaf("client-a", queue_limit=1)
+        leaf.ask("hub/y", Look(), timeout=60.0).result()  # its timers are set by now
+
+        def hold() -> None:
+            held.set()
+            go.wait(20.0)
+
+        leaf._loop.call(hold)
+        assert held.wait(20.0)
+        leaf.tell("hub/x", Look())
+        refused = leaf.ask("hub/x", Look(), timeout=0.01).wait()
+        assert isinstance(refused, Fault)
+        assert refused.reason is FaultReason.OVERLOADED
+        go.set()
+        sent = Signal()
+        leaf._loop.call(lambda: sent(True))
+        sent.wait(bool)
+        leaf.ask("hub/x", Look(), timeout=0.2, on_end=ended)
+        (ask,) = ended.wait(bool)
+        assert isinstance(ask.outcome, Fault)
+        assert ask.outcome.reason is FaultReason.EXPIRED
+    finally:
+        bus.close()
