@@ -15,18 +15,18 @@ import zmq
 
 from voidbus.transport.access import Endpoints
 from voidbus.transport.admission import Admission, ExpectedNode, message_refusal
-from voidbus.transport.control import Hello, Refused, Subscribed, Welcome, boot_identity
+from voidbus.transport.control import Hello, Refused, Welcome, boot_identity
 from voidbus.transport.envelope import Envelope, FrameError, Kind, destination
 from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.forwarding import Forwarded, Forwards, Identity
 from voidbus.transport.hub_sockets import HubSockets
+from voidbus.transport.hub_topics import HubTopics
 from voidbus.transport.link import Link
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.node import Node
 from voidbus.transport.packing import packets
 from voidbus.transport.replay import EndedSessions
 from voidbus.transport.subscription import Subscription
-from voidbus.transport.topics import PREFIX_LIMIT, TopicSequencer
 
 # Links a hub keeps at once.
 LINKS_LIMIT = 8192
@@ -74,7 +74,6 @@ class Hub(Node):
         self.remote: Endpoints | None = None
         self._remote_routers: frozenset[zmq.Socket[bytes]] = frozenset()
         self._admission = Admission(name, self.instance, is_open=not hold_work)
-        self._sent = TopicSequencer()
         self._on_join = on_join
         self._on_leave = on_leave
         self._link_timeout = link_timeout
@@ -85,6 +84,10 @@ class Hub(Node):
         self._forwards = Forwards()
         self._sweep_at: float | None = None
         self._sockets = HubSockets(self._context, high_water)
+        self._topics = HubTopics(
+            *(name, self.instance, self._sockets),
+            *(self._loop, self.counters, self._publish_here),
+        )
         try:
             self._bind(endpoints, remote)
         except BaseException:
@@ -176,7 +179,7 @@ class Hub(Node):
 
     def _take_other(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         if socket in self._sockets.topics:
-            self._take_subscription(frames)
+            self._topics.take_subscription(frames)
         else:  # a monitor: a connection has ended
             self._probe_at = self._probe_at or _monotonic() + _PROBE_DELAY
             self._loop.timers_changed()
@@ -264,7 +267,7 @@ class Hub(Node):
         refusal = message_refusal(envelope, address.node, link, self.name)
         if refusal is not None:
             self.counters["unauthorised"] += 1
-            self._return(envelope, FaultReason.REFUSED, refusal)
+            self._answers.send_back(envelope, FaultReason.REFUSED, refusal)
         elif address.node == self.name:
             self._receive(envelope, address, link.right)
         else:
@@ -277,27 +280,31 @@ class Hub(Node):
     def _forward(self, link: Link, target: str, envelope: Envelope) -> None:
         found = self._links.get(target)
         if found is None:
-            self._return(envelope, FaultReason.NO_SUCH_NODE, f"no node {target} is connected")
+            self._answers.send_back(
+                envelope, FaultReason.NO_SUCH_NODE, f"no node {target} is connected"
+            )
             return
         try:
             message_type(envelope.tag, envelope.version)
         except UnknownType as error:
             # Its right is not known here, and the node it is for would not ask for one.
-            self._return(envelope, FaultReason.UNHANDLED, str(error))
+            self._answers.send_back(envelope, FaultReason.UNHANDLED, str(error))
             return
         identity = (envelope.origin, envelope.sequence)
         if identity in self._forwards:
             self.counters["replayed"] += 1
             return
         if not self._forwards.note(envelope, link.node, target):
-            self._return(envelope, FaultReason.OVERLOADED, "the hub forwards too many asks")
+            self._answers.send_back(
+                envelope, FaultReason.OVERLOADED, "the hub forwards too many asks"
+            )
             return
         self._loop.timers_changed()
         fault = self._send(found, envelope)
         # Where the link was dropped on the way, an ask has been answered already.
         ended = fault and self._forwards.end(identity)
         if fault is not None and (ended is not None or envelope.kind is not Kind.ASK):
-            self._return(envelope, *fault)
+            self._answers.send_back(envelope, *fault)
 
     def _take_reply(self, link: Link, envelope: Envelope) -> None:
         """A REPLY or FAULT: only from the node that was asked, only to the one that asked."""
@@ -305,7 +312,7 @@ class Hub(Node):
             self.counters["forged_sender"] += 1
             return
         if envelope.origin == self.instance:
-            self._take_answer(envelope, link.node)
+            self._answers.take(envelope, link.node)
             return
         identity = (envelope.origin, envelope.sequence)
         forwarded = self._forwards.get(identity)
@@ -324,25 +331,11 @@ class Hub(Node):
         if link.right is not Right.WORK or not envelope.dest.startswith(f"{link.node}/"):
             self.counters["unauthorised"] += 1
             return
-        self._send_topic(envelope)
+        self._topics.send(envelope)
 
     def retire_topic(self, topic: str) -> None:
         super().retire_topic(topic)
-        self._loop.call(lambda: self._sent.retire(topic))
-
-    def _take_subscription(self, frames: list[bytes]) -> None:
-        frame = frames[0]
-        if len(frames) > 1 or frame[:1] not in (b"\x00", b"\x01") or len(frame) > 1 + PREFIX_LIMIT:
-            self.counters["malformed"] += 1
-            return
-        if frame[:1] == b"\x00":  # one that ends
-            return
-        prefix = frame[1:].decode(errors="replace")
-        # What has left, not what was numbered: a mark must not overtake what is still queued.
-        for topic, last in self._sent.matching(prefix):
-            self._send_topic(_mark(topic, self.name, self.instance, last))
-        # Last: whoever sees it publishes, and a mark read after that would hide what was lost.
-        self._send_topic(_mark(prefix, self.name, self.instance, 0))
+        self._loop.call(lambda: self._topics.retire(topic))
 
     # -- what goes out ---------------------------------------------------------------------
 
@@ -350,8 +343,7 @@ class Hub(Node):
         by_node: dict[str, list[Envelope]] = {}
         for envelope in envelopes:
             if envelope.kind is Kind.PUBLISH:
-                self._sent.note(envelope.dest, envelope.sequence)
-                self._send_topic(envelope)
+                self._topics.publish(envelope)
             else:
                 by_node.setdefault(envelope.dest.partition("/")[0], []).append(envelope)
         for node, theirs in by_node.items():
@@ -360,18 +352,22 @@ class Hub(Node):
     def _transmit_to(self, node: str, envelopes: Sequence[Envelope]) -> None:
         if node == self.name:
             for envelope in envelopes:
-                self._take_answer(envelope, node)
+                self._answers.take(envelope, node)
             return
         link = self._links.get(node)
         if link is None:
             for envelope in envelopes:
-                self._not_sent(envelope, FaultReason.NO_SUCH_NODE, f"no node {node} is connected")
+                self._answers.not_sent(
+                    envelope, FaultReason.NO_SUCH_NODE, f"no node {node} is connected"
+                )
             return
-        for frames, sent in packets(envelopes, packed=link.hello.packs, on_refused=self._too_large):
+        for frames, sent in packets(
+            envelopes, packed=link.hello.packs, on_refused=self._answers.too_large
+        ):
             fault = self._send_frames(link, frames)
             if fault is not None:
                 for envelope in sent:
-                    self._not_sent(envelope, *fault)
+                    self._answers.not_sent(envelope, *fault)
 
     def _send(self, link: Link, envelope: Envelope) -> tuple[FaultReason, str] | None:
         try:
@@ -399,14 +395,6 @@ class Hub(Node):
             return FaultReason.NO_SUCH_NODE, "the node's connection has ended"
         return None
 
-    def _send_topic(self, envelope: Envelope) -> None:
-        self._publish_here(envelope)
-        for xpub in self._sockets.topics:
-            try:
-                self._loop.send(xpub, envelope.frames())
-            except (zmq.Again, FrameError):
-                self.counters["publications_dropped"] += 1
-
     # -- links that end --------------------------------------------------------------------
 
     def _drop(self, node: str, reason: FaultReason, detail: str) -> None:
@@ -415,7 +403,7 @@ class Hub(Node):
             self._by_identity.pop((link.socket, link.identity), None)
             self._ended.keep(node, link.hello.instance, link.window)
         for ask in self._asks.take_nodes(lambda name: name == node):
-            self._fail_ask(ask, reason, detail)
+            self._answers.fail(ask, reason, detail)
         for identity, forwarded in self._forwards.end_to(node):
             if forwarded.kind is Kind.ASK:
                 self._fail_forward(identity, forwarded, reason, detail)
@@ -471,7 +459,7 @@ class Hub(Node):
 
     def _add_subscription(self, subscription: Subscription) -> None:
         self._subscriptions.append(subscription)
-        subscription.take(_mark(subscription.prefix, self.name, self.instance, 0))
+        subscription.take(self._topics.mark(subscription.prefix, 0))
 
     def _remove_subscription(self, subscription: Subscription) -> None:
         if subscription in self._subscriptions:
@@ -487,8 +475,3 @@ def _control(kind: Kind, node: str, hub: str, message: Message) -> Envelope:
         version=message.version,
         body=message.to_json(),
     )
-
-
-def _mark(topic: str, hub: str, epoch: int, last: int) -> Envelope:
-    """A publication of no content that says what the last number was."""
-    return Envelope(Kind.MARK, topic, f"{hub}/", origin=epoch, sequence=last, tag=Subscribed.tag)

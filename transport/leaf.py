@@ -200,7 +200,7 @@ class Leaf(Node):
         self._last_heard = _monotonic()
         kind = envelope.kind
         if kind is Kind.REPLY or kind is Kind.FAULT:
-            self._take_answer(envelope, envelope.sender.partition("/")[0] or self._hub_name)
+            self._answers.take(envelope, envelope.sender.partition("/")[0] or self._hub_name)
         elif kind is Kind.ASK or kind is Kind.TELL:
             self._take_message(envelope)
         elif kind is Kind.WELCOME:
@@ -245,7 +245,7 @@ class Leaf(Node):
         if address.node != self.name:
             self.counters["misrouted"] += 1
         elif envelope.generation and envelope.generation != self.generation:
-            self._return(
+            self._answers.send_back(
                 envelope,
                 FaultReason.STALE,
                 f"meant for generation {envelope.generation}; this is {self.generation}",
@@ -293,14 +293,16 @@ class Leaf(Node):
             # Deadlines travel in the hub's time.
             elif envelope.deadline and envelope.kind in (Kind.ASK, Kind.TELL):
                 envelope.deadline += self._clock_offset
-        for frames, sent in packets(envelopes, packed=self._hub_packs, on_refused=self._too_large):
+        for frames, sent in packets(
+            envelopes, packed=self._hub_packs, on_refused=self._answers.too_large
+        ):
             if self._up:
                 fault = self._send_frames(frames)
             else:
                 fault = FaultReason.LINK_LOST, self._refused or "there is no link to the hub"
             if fault is not None:
                 for envelope in sent:
-                    self._not_sent(envelope, *fault)
+                    self._answers.not_sent(envelope, *fault)
 
     def _send(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
         try:
@@ -352,7 +354,7 @@ class Leaf(Node):
         if was_up:
             self.counters["links_lost"] += 1
             for ask in self._asks.take_nodes(lambda node: node != self.name):
-                self._fail_ask(ask, FaultReason.LINK_LOST, detail)
+                self._answers.fail(ask, FaultReason.LINK_LOST, detail)
             if self._on_link is not None:
                 self._loop.defer(partial(self._on_link, False))
 

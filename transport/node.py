@@ -18,9 +18,10 @@ from functools import partial
 import zmq
 
 from voidbus.transport.address import Address, AddressError, parse_address
+from voidbus.transport.answers import Answers
 from voidbus.transport.delivery import Ask, Delivery, Driver, PendingAsks, Receiver
 from voidbus.transport.envelope import Envelope, FrameError, Kind, read_envelope
-from voidbus.transport.fault import Fault, FaultReason
+from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.outbound import Outbound
 from voidbus.transport.packing import unpack
@@ -30,9 +31,6 @@ from voidbus.transport.topics import PREFIX_LIMIT, OnGap, OnPublication, TopicSe
 
 _monotonic = time.monotonic
 _log = logging.getLogger("voidbus.transport")
-
-# The key of a FAULT that brings back a tell, which tells it from a late answer to an ask.
-RETURNED_TELL = "tell"
 
 
 class Node(ABC):
@@ -62,6 +60,10 @@ class Node(ABC):
             name, self, self.counters, queue_limit=queue_limit, queue_bytes=queue_bytes
         )
         self._outbound = Outbound(self._loop, self._asks)
+        self._answers = Answers(
+            *(self.instance, self.counters, self._receivers),
+            *(self._asks, self._outbound, self._loop),
+        )
         self.guard = self._loop.guard
         self.driver: Driver = self._loop
         self._close_lock = threading.Lock()
@@ -106,7 +108,7 @@ class Node(ABC):
         if address.node == self.name:
             ask = Ask(address.path, deadline, on_end)
             if self._loop.closing:
-                self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
+                self._answers.fail(ask, FaultReason.CLOSED, "this node was closed")
                 return ask
             if on_end is not None:
                 self._watch_deadline(ask, on_end)
@@ -121,7 +123,9 @@ class Node(ABC):
         try:
             body = message.to_json()
         except ValueError as error:
-            self._fail_ask(ask, FaultReason.INVALID, f"{message.tag} cannot be written: {error}")
+            self._answers.fail(
+                ask, FaultReason.INVALID, f"{message.tag} cannot be written: {error}"
+            )
             return ask
         envelope = Envelope(
             Kind.ASK,
@@ -139,7 +143,7 @@ class Node(ABC):
         )
         fault = self._outbound.ask(envelope, address.node, ask)
         if fault is not None:
-            self._fail_ask(ask, *fault)
+            self._answers.fail(ask, *fault)
         return ask
 
     def tell(
@@ -248,7 +252,7 @@ class Node(ABC):
             if self._owns_context:
                 self._context.term()
         for ask in self._asks.take_nodes(lambda _: True):
-            self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
+            self._answers.fail(ask, FaultReason.CLOSED, "this node was closed")
 
     # -- delivery inside the node ----------------------------------------------------------
 
@@ -278,36 +282,32 @@ class Node(ABC):
         ask.on_end = forget
         must_wake = self._asks.add(number, self.name, ask)
         if must_wake is None:
-            self._fail_ask(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
+            self._answers.fail(ask, FaultReason.OVERLOADED, "too many asks wait for their replies")
         elif must_wake:
             self._loop.timers_changed()
         if self._loop.closed:  # nobody is left to look at deadlines
-            self._fail_ask(ask, FaultReason.CLOSED, "this node was closed")
-
-    def _fail_ask(self, ask: Ask, reason: FaultReason, detail: str) -> None:
-        if ask.end(Fault(reason=reason, detail=detail, address=ask.address)):
-            self.counters[f"fault_{reason.value}"] += 1
+            self._answers.fail(ask, FaultReason.CLOSED, "this node was closed")
 
     def _receive(self, envelope: Envelope, address: Address, right: Right | None) -> None:
         """Deliver an ASK or TELL from another node to its receiver here."""
         now = _monotonic()
         deadline = self._from_bus_time(envelope.deadline)
         if deadline <= now:
-            self._return(envelope, FaultReason.EXPIRED, "its deadline passed on the way")
+            self._answers.send_back(envelope, FaultReason.EXPIRED, "its deadline passed on the way")
             return
         try:
             message = message_type(envelope.tag, envelope.version).from_json(envelope.body)
         except UnknownType as error:
-            self._return(envelope, FaultReason.UNHANDLED, str(error))
+            self._answers.send_back(envelope, FaultReason.UNHANDLED, str(error))
             return
         except CodecError as error:
-            self._return(envelope, FaultReason.INVALID, str(error))
+            self._answers.send_back(envelope, FaultReason.INVALID, str(error))
             return
         answer: Callable[[Message, Sequence[bytes]], object] | None = None
         if envelope.kind is Kind.ASK:
 
             def answer(reply: Message, attachments: Sequence[bytes]) -> None:
-                self._send_answer(envelope, reply, attachments)
+                self._answers.send(envelope, reply, attachments)
 
         delivery = Delivery(address.path, envelope.sender, message, deadline, answer)
         delivery.attachments = envelope.attachments
@@ -320,90 +320,9 @@ class Node(ABC):
     def _hand_over(self, delivery: Delivery, envelope: Envelope) -> None:
         reason = self._deliver_here(delivery)
         if reason is not None and envelope.kind is Kind.TELL:
-            self._return(envelope, reason, _DETAILS.get(reason, "it was not taken"), counted=True)
-
-    def _send_answer(
-        self, asked: Envelope, reply: Message, attachments: Sequence[bytes] = ()
-    ) -> None:
-        try:
-            body = reply.to_json()
-        except ValueError as error:
-            detail = f"the reply {reply.tag} cannot be written: {error}"
-            reply = Fault(reason=FaultReason.INVALID, detail=detail, address=asked.dest)
-            body, attachments = reply.to_json(), ()
-        envelope = Envelope(
-            Kind.FAULT if isinstance(reply, Fault) else Kind.REPLY,
-            asked.sender,
-            asked.dest,
-            origin=asked.origin,
-            sequence=asked.sequence,
-            tag=reply.tag,
-            version=reply.version,
-            deadline=asked.deadline,
-            key=RETURNED_TELL if asked.kind is Kind.TELL else "",
-            trace=asked.trace,
-            body=body,
-            attachments=attachments,
-        )
-        fault = self._outbound.submit(envelope)
-        if fault is not None:
-            self.counters["replies_dropped"] += 1
-            if not isinstance(reply, Fault) and fault[0] is FaultReason.TOO_LARGE:
-                self._send_answer(
-                    asked, Fault(reason=fault[0], detail=fault[1], address=asked.dest)
-                )
-
-    def _return(
-        self, envelope: Envelope, reason: FaultReason, detail: str, *, counted: bool = False
-    ) -> None:
-        """Tell the sender of an ASK or TELL why it was not handled."""
-        if not counted:
-            self.counters[f"fault_{reason.value}"] += 1
-        if envelope.kind in (Kind.ASK, Kind.TELL):
-            self._send_answer(envelope, Fault(reason=reason, detail=detail, address=envelope.dest))
-
-    def _take_answer(self, envelope: Envelope, node: str) -> None:
-        """End the ask that `envelope`, a REPLY or FAULT from `node`, answers."""
-        ask = None
-        if envelope.origin == self.instance:
-            ask = self._asks.take(envelope.sequence, node)
-        try:
-            outcome = message_type(envelope.tag, envelope.version).from_json(envelope.body)
-        except CodecError as error:
-            self.counters["malformed"] += 1
-            outcome = Fault(reason=FaultReason.INVALID, detail=str(error), address=envelope.sender)
-        if ask is not None:
-            self._loop.defer(partial(ask.end, outcome, envelope.attachments), serves=True)
-        elif envelope.key == RETURNED_TELL and isinstance(outcome, Fault):
-            self._take_returned_tell(envelope, outcome)
-        else:
-            self.counters["late_replies"] += 1
-
-    def _take_returned_tell(self, envelope: Envelope, fault: Fault) -> None:
-        """A tell came back: its sender gets the fault as a message, if it still receives."""
-        self.counters["returned_tells"] += 1
-        path = envelope.dest.partition("/")[2]
-        receiver = self._receivers.get(path)
-        if receiver is not None and envelope.origin == self.instance:
-            returned = Delivery(path, envelope.sender, fault, deadline=_monotonic() + 30.0)
-            self.guard(receiver.deliver, returned)
-
-    def _not_sent(self, envelope: Envelope, reason: FaultReason, detail: str) -> None:
-        """Tell who sent an envelope here that it could not leave, or count it."""
-        if envelope.kind is Kind.ASK:
-            ask = self._asks.take(envelope.sequence)
-            if ask is not None:
-                self._fail_ask(ask, reason, detail)
-        elif envelope.kind is Kind.TELL:
-            self.counters[f"fault_{reason.value}"] += 1
-            self._take_returned_tell(
-                Envelope(Kind.FAULT, envelope.sender, envelope.dest, origin=self.instance),
-                Fault(reason=reason, detail=detail, address=envelope.dest),
+            self._answers.send_back(
+                envelope, reason, _DETAILS.get(reason, "it was not taken"), counted=True
             )
-        elif envelope.kind is Kind.PUBLISH:
-            self.counters["publications_dropped"] += 1
-        else:
-            self.counters["replies_dropped"] += 1
 
     # -- timers, and what both kinds do with frames --------------------------------------------
 
@@ -415,7 +334,7 @@ class Node(ABC):
 
     def on_timer(self, now: float) -> None:
         for ask in self._asks.take_due(now):
-            self._fail_ask(ask, FaultReason.EXPIRED, "no reply before the deadline")
+            self._answers.fail(ask, FaultReason.EXPIRED, "no reply before the deadline")
         alarm = self._alarm
         if alarm is not None and now >= alarm[0]:
             self._alarm = None
@@ -429,9 +348,6 @@ class Node(ABC):
         except FrameError:
             self.counters["malformed"] += 1
             return []
-
-    def _too_large(self, envelope: Envelope, detail: str) -> None:
-        self._not_sent(envelope, FaultReason.TOO_LARGE, detail)
 
     def _publish_here(self, envelope: Envelope) -> None:
         for subscription in self._subscriptions:
