@@ -18,7 +18,7 @@ from pathlib import Path
 from voidbus.actors.journal_schema import SCHEMA_VERSION, prepare
 from voidbus.actors.messages.artifacts import StoredArtifact
 from voidbus.actors.messages.journal import AppendEvents, CreateRun, ProcessRecord
-from voidbus.actors.messages.runs import RunEvent, RunState
+from voidbus.actors.messages.runs import TERMINAL_EVENTS, RunEvent, RunState
 from voidbus.sidecar.model import Intent
 
 # Pages of the file given back to the disk after each prune; each is 4 KiB.
@@ -488,6 +488,3 @@ def _changed(
             cancelling=False,
         )
     return state.model_copy(update=update)
-
-
-TERMINAL_EVENTS = ("run.finished", "run.failed", "run.cancelled")

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, ClassVar
 
-from voidbus.actors.event import EventMaker, timestamp
+from voidbus.actors.event import EventMaker
 from voidbus.actors.fleet import Fleet, MakeVm
 from voidbus.actors.journal_writer import JournalWriter
 from voidbus.actors.messages.actor import Accepted
-from voidbus.actors.messages.artifacts import ArtifactPublication, StoredArtifact
-from voidbus.actors.messages.journal import RunOutcome, RunProgress
+from voidbus.actors.messages.artifacts import StoredArtifact
+from voidbus.actors.messages.journal import RunProgress
 from voidbus.actors.messages.machine import (
     ExecEnded,
     ExecOutput,
@@ -34,11 +32,10 @@ from voidbus.actors.messages.machine import (
 from voidbus.actors.messages.run_process import CancelWork
 from voidbus.actors.messages.runs import (
     ReadConsole,
-    RunEvent,
     RunReport,
-    RunStatus,
 )
 from voidbus.actors.run_log import LOG_BYTES_LIMIT, RunLog
+from voidbus.actors.run_results import RunResults
 from voidbus.actors.runtime.actor import LATER, Place, Refuse, Timer, handles
 from voidbus.actors.runtime.policy import (
     ExitKind,
@@ -49,16 +46,14 @@ from voidbus.actors.runtime.policy import (
 )
 from voidbus.actors.runtime.supervisor import ChildSpec, Supervisor
 from voidbus.actors.sidecar import SidecarDesk
-from voidbus.actors.stages import StageTable
 from voidbus.actors.workloads.conductor import (
-    ERROR_LIMIT,
     GuestMachine,
     Level,
     MachineRequest,
     Verdict,
     Workload,
 )
-from voidbus.actors.workloads.publication import StageOutput, manifest_of, publish
+from voidbus.actors.workloads.publication import StageOutput
 from voidbus.actors.workloads.skills import SKILL_LIMIT
 from voidbus.sidecar.fetch import fetch_text
 from voidbus.transport.delivery import Delivery
@@ -143,10 +138,7 @@ class RunActor(Supervisor):
         self._cancelled_by = math.inf
         self._machine: str | None = None
         self._linked = False
-        self._stages = StageTable()
-        self._outputs: list[StageOutput] = []
-        self._publication = ArtifactPublication()
-        self._report: RunReport | None = None  # of a service that has published
+        self._results = RunResults(events, self.emit)
         self._log = RunLog(self._log_line, self._log_cut, log_limit)
         self._fleet = Fleet(
             self,
@@ -231,7 +223,7 @@ class RunActor(Supervisor):
             box=box,
             stream=stream,
         )
-        if self._stages.observe(event):
+        if self._results.stages.observe(event):
             self._report_progress()
         self._writer.add(event)
 
@@ -293,16 +285,11 @@ class RunActor(Supervisor):
 
     def stage_output(self, output: StageOutput) -> None:
         """What a completed stage left; what it comes to is decided at the run's end."""
-        self._outputs.append(output)
+        self._results.add(output)
 
     def publish_output(self, output: StageOutput, report: RunReport) -> None:
         """Publish this now, while the run goes on."""
-        self._publication = ArtifactPublication(
-            status="published",
-            published_at=timestamp(time.time_ns()),
-            manifest=tuple(manifest_of(self.run_id, output)),
-        )
-        self._report = report
+        self._results.publish(output, report)
         self._report_progress()
 
     def finish(self, verdict: Verdict) -> None:
@@ -429,8 +416,14 @@ class RunActor(Supervisor):
             return
         self._log.flush_all()
         self._phase = Phase.FLUSHING
-        ended = self._cancelled() if self._cancel_reason is not None else self._ended_by_itself()
-        terminal, outcome = ended
+        if self._cancel_reason is not None:
+            terminal, outcome = self._results.cancelled(
+                self._cancel_reason or "run marked cancelled"
+            )
+        else:
+            terminal, outcome = self._results.ended(
+                self._verdict or Verdict(False, None, "the run stopped without a result")
+            )
         intents = tuple(self._desk.state.peek()) if self._desk is not None else ()
         self._writer.progress(self._progress())
         self._writer.end(terminal, outcome.model_copy(update={"intents": intents}))
@@ -440,64 +433,6 @@ class RunActor(Supervisor):
 
     def _over(self) -> None:
         self.end(ExitReason(ExitKind.NORMAL, "the run is over"))
-
-    def _cancelled(self) -> tuple[RunEvent, RunOutcome]:
-        reason = self._cancel_reason or "run marked cancelled"
-        self._end_stages("run cancelled")
-        self._decide_publication(None)
-        return (
-            self._events.make("run.cancelled", f"run cancelled: {reason}", level="warn"),
-            RunOutcome(status=RunStatus.CANCELLED, terminal_reason=reason, report=self._report),
-        )
-
-    def _ended_by_itself(self) -> tuple[RunEvent, RunOutcome]:
-        verdict = self._decide_publication(
-            self._verdict or Verdict(False, None, "the run stopped without a result")
-        )
-        error = (verdict.error or "execution reported unsuccessful result")[:ERROR_LIMIT]
-        self._end_stages(error)
-        self.emit("log.closed", "stdout stream closed", stream="stdout")
-        if verdict.success:
-            terminal = self._events.make("run.finished", "run completed")
-        else:
-            terminal = self._events.make("run.failed", f"run failed: {error}", level="error")
-        return terminal, RunOutcome(
-            status=RunStatus.SUCCEEDED if verdict.success else RunStatus.FAILED,
-            error=None if verdict.success else error,
-            terminal_reason=verdict.reason,
-            report=verdict.report or self._report,
-            exit_code=verdict.exit_code,
-        )
-
-    def _decide_publication(self, verdict: Verdict | None) -> Verdict:
-        """The run's manifest; a run that succeeded without the output it owes has failed."""
-        verdict = verdict or Verdict(False, None)
-        if self._report is not None:  # a service's is out already
-            return verdict
-        published = publish(
-            self.run_id,
-            self._outputs,
-            required=verdict.requires_output,
-            stages_ran=self._stages.states is not None,
-            now=timestamp(time.time_ns()),
-        )
-        self._publication = published.publication
-        if published.error is None or not verdict.success:
-            return verdict
-        return replace(
-            verdict,
-            success=False,
-            error=published.error,
-            reason=published.code,
-            report=verdict.report and verdict.report.model_copy(update={"success": False}),
-        )
-
-    def _end_stages(self, error: str) -> None:
-        """End the stages that the end of the run interrupts."""
-        for stage in self._stages.running:
-            self._stages.cancel(self.emit, stage, "started", error=error)
-        for stage in self._stages.queued:
-            self._stages.cancel(self.emit, stage, "queued", error=error)
 
     def on_stop(self) -> None:
         self._writer.close()
@@ -512,14 +447,15 @@ class RunActor(Supervisor):
             self.post(self._writer.link_up)
 
     def _progress(self) -> RunProgress:
+        results = self._results
         return RunProgress(
             machine=self._machine,
-            active_stage_count=self._stages.active,
+            active_stage_count=results.stages.active,
             active_microvm_count=self._fleet.up,
-            stage_states=self._stages.states,
-            artifact_publication=self._publication,
-            output_ready=self._report is not None,
-            report=self._report,
+            stage_states=results.stages.states,
+            artifact_publication=results.publication,
+            output_ready=results.report is not None,
+            report=results.report,
             cancelling=self._phase is Phase.CANCELLING,
         )
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from voidbus.actors.messages.runs import (
+    TERMINAL_EVENTS,
     EventPublished,
     RawEvents,
     ReadRawEvents,
@@ -32,8 +33,6 @@ _HELD_BYTES = 4 * 1024 * 1024
 # lost, and what ended a run while nobody followed is told by the journal only (seconds).
 _LOOK_SECONDS = 5.0
 _PAGE = 500
-
-TERMINAL_EVENTS = frozenset({"run.finished", "run.failed", "run.cancelled"})
 
 
 @dataclass(frozen=True)

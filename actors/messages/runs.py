@@ -95,6 +95,10 @@ class RunState(Message, tag="run.state"):
     cancelling: bool = False
 
 
+TERMINAL_EVENTS = ("run.finished", "run.failed", "run.cancelled")
+"""The types of the events that end a run."""
+
+
 class RunEvent(_Part):
     """One event of a run. `seq` starts at 0 and has no gaps in a run."""
 
