@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from guest_vm import eventually
 from patience import SLOW
 from scripted_model import LAST_WORDS, scripted_model
-from supervisor_kit import running_supervisor
+from supervisor_kit import PATIENCE, running_supervisor
 from vm_kit import BOOT_PATIENCE, guest_memory, machine_processes
 
 from voidbus.actors.messages.runs import RunStatus
@@ -95,6 +96,8 @@ def test_the_key_is_nowhere_in_the_guests_memory_nor_in_what_is_kept(
         ((_, headers, _),) = model.requests
         assert headers["x-api-key"] == KEY
         assert found == {b"x-api-key: voidbus-"}, "the placeholder is, and the key is not"
+        folder = supervisor.state_dir / "runs" / run_id
+        assert eventually(lambda: not folder.exists(), PATIENCE), "its files are put by"
         kept = [each for each in supervisor.state_dir.rglob("*") if each.is_file()]
         assert kept
         assert [str(each) for each in kept if KEY.encode() in each.read_bytes()] == []

@@ -65,11 +65,14 @@ def _write(folder: Path, name: str, **sections: object) -> Path:
 
 def machine_processes(supervisor: Supervisor) -> list[int]:
     """Pids of the processes that have a machine of a supervisor's runs: QEMUs, and run processes
-    with a KVM of their own, which are known by what they hold open."""
+    with a KVM of their own, which are known by what they hold open. The loop of a few instructions
+    by which KVM's speed is found is no machine, and has a few pages."""
     qemus = {pid for pid in processes_of(supervisor.state_dir) if "qemu" in _program(pid)}
     everyone = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     ours = str(supervisor.state_dir)
-    holders = {pid for pid in everyone if _is_kvm_run(_open_by(pid), ours)}
+    holders = {
+        pid for pid in everyone if _is_kvm_run(_open_by(pid), ours) and _guest_bytes(pid) > 1 << 20
+    }
     return sorted(qemus | holders)
 
 
@@ -98,6 +101,13 @@ def guest_memory(pid: int) -> list[tuple[int, int]]:
             found.append((start, end - start))
     assert found, f"process {pid} has no guest"
     return found
+
+
+def _guest_bytes(pid: int) -> int:
+    """How much memory a process's guest has; 0 where it has none, or has ended."""
+    with contextlib.suppress(OSError, AssertionError):
+        return sum(size for _, size in guest_memory(pid))
+    return 0
 
 
 def own_memory() -> int:
