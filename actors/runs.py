@@ -78,6 +78,8 @@ _SPAWN_TIMEOUT = 20.0
 # Beyond the grace, a cancelled run has this long to stop its machine and write its end.
 _CANCEL_MARGIN = 12.0
 _RETRY_SECONDS = 1.0
+# Messages that may wait until the runs of the supervisor before are known.
+_EARLY_LIMIT = 1000
 
 POLICY = SupervisorPolicy(
     strategy=Strategy.ONE_FOR_ONE,
@@ -118,7 +120,7 @@ class Runs(Supervisor):
         self._root = root
         self._runs: dict[str, RunRecord] = {}
         self._loaded = False
-        self._early: list[tuple[StartRun, Delivery]] = []
+        self._early: list[Callable[[], None]] = []
         self._early_exits: dict[ProcessIdentity, int | None] = {}
         self._adopted = 0
         self._stopping: StopRuns | None = None
@@ -162,8 +164,29 @@ class Runs(Supervisor):
         self._loaded = True
         self._hub.open_work()
         early, self._early = self._early, []
-        for message, delivery in early:
-            self._admission.begin(message, delivery)
+        for answer in early:
+            answer()
+
+    def _when_known(self, delivery: Delivery, handle: Callable[[], object]) -> object:
+        """Handle a message once the runs are known that a supervisor before us started: without
+        them a cancel would find nothing to cancel, and say that it had."""
+        if self._loaded:
+            return handle()
+        if len(self._early) >= _EARLY_LIMIT:
+            raise Refuse("the supervisor is starting; try again", FaultReason.OVERLOADED)
+
+        def answer() -> None:
+            try:
+                outcome = handle()
+            except Refuse as refusal:
+                delivery.fail(refusal.reason, str(refusal))
+                return
+            if outcome is not LATER:
+                assert isinstance(outcome, Message)
+                delivery.reply(outcome)
+
+        self._early.append(answer)
+        return LATER
 
     def _adopt(self, state: RunState, process: ProcessRecord) -> None:
         """Take charge of a run that a supervisor before us started."""
@@ -221,12 +244,10 @@ class Runs(Supervisor):
 
     @handles(StartRun)
     def on_start_run(self, message: StartRun, delivery: Delivery) -> object:
-        if self._loaded:
-            self._admission.begin(message, delivery)
-        elif len(self._early) < 1000:
-            self._early.append((message, delivery))
-        else:
-            raise Refuse("the supervisor is starting; try again", FaultReason.OVERLOADED)
+        return self._when_known(delivery, lambda: self._begin(message, delivery))
+
+    def _begin(self, message: StartRun, delivery: Delivery) -> object:
+        self._admission.begin(message, delivery)
         return LATER
 
     def _admitted(self, admitted: Admitted) -> None:
@@ -285,6 +306,9 @@ class Runs(Supervisor):
 
     @handles(CancelRun)
     def on_cancel_run(self, message: CancelRun, delivery: Delivery) -> object:
+        return self._when_known(delivery, lambda: self._cancel_one(message, delivery))
+
+    def _cancel_one(self, message: CancelRun, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
         if run is None or run.ended:
             self._answer_ended(message.run_id, delivery)
@@ -403,6 +427,9 @@ class Runs(Supervisor):
 
     @handles(PutInbox, PushMessage, ReadIntents, AcknowledgeIntents)
     def on_sidecar_message(self, message: SidecarRequest, delivery: Delivery) -> object:
+        return self._when_known(delivery, lambda: self._to_sidecar(message, delivery))
+
+    def _to_sidecar(self, message: SidecarRequest, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
         self._door.pass_on(
             message,
@@ -414,6 +441,9 @@ class Runs(Supervisor):
 
     @handles(ReadConsole)
     def on_read_console(self, message: ReadConsole, delivery: Delivery) -> object:
+        return self._when_known(delivery, lambda: self._read_console(message, delivery))
+
+    def _read_console(self, message: ReadConsole, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
         self._console_door.pass_on(message, delivery, alive=run is not None and not run.ended)
         return LATER
@@ -425,10 +455,15 @@ class Runs(Supervisor):
         return RunCount(active=len(self._runs) + len(self._admission), adopted=self._adopted)
 
     @handles(StopRuns)
-    def on_stop_runs(self, message: StopRuns, delivery: Delivery) -> Done:
+    def on_stop_runs(self, message: StopRuns, delivery: Delivery) -> object:
+        self._admission.closed = True
+        if message.mode == "leave":
+            return self._stop_all(message)
+        return self._when_known(delivery, lambda: self._stop_all(message))
+
+    def _stop_all(self, message: StopRuns) -> Done:
         first = self._stopping is None
         self._stopping = message
-        self._admission.closed = True
         if message.mode == "cancel":
             self._cancel_all(message.deadline)
         elif message.mode == "finish" and first:
