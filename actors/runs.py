@@ -14,6 +14,7 @@ from typing import ClassVar
 from voidbus.actors.admission import Admission, Admitted
 from voidbus.actors.collector import Collector
 from voidbus.actors.console_door import ConsoleDoor
+from voidbus.actors.early_messages import EarlyMessages
 from voidbus.actors.launch import Launch
 from voidbus.actors.messages.actor import Accepted, Done, detail_of
 from voidbus.actors.messages.journal import (
@@ -78,8 +79,6 @@ _SPAWN_TIMEOUT = 20.0
 # Beyond the grace, a cancelled run has this long to stop its machine and write its end.
 _CANCEL_MARGIN = 12.0
 _RETRY_SECONDS = 1.0
-# Messages that may wait until the runs of the supervisor before are known.
-_EARLY_LIMIT = 1000
 
 POLICY = SupervisorPolicy(
     strategy=Strategy.ONE_FOR_ONE,
@@ -119,8 +118,9 @@ class Runs(Supervisor):
         self._spawner = spawner
         self._root = root
         self._runs: dict[str, RunRecord] = {}
-        self._loaded = False
-        self._early: list[Callable[[], None]] = []
+        # Until the runs are known that a supervisor before us started, a cancel would find nothing
+        # to cancel, and say that it had.
+        self._early = EarlyMessages()
         self._early_exits: dict[ProcessIdentity, int | None] = {}
         self._adopted = 0
         self._stopping: StopRuns | None = None
@@ -161,32 +161,8 @@ class Runs(Supervisor):
         self.skip_generations(outcome.last_generation)
         for state, process in outcome.runs:
             self._adopt(state, process)
-        self._loaded = True
         self._hub.open_work()
-        early, self._early = self._early, []
-        for answer in early:
-            answer()
-
-    def _when_known(self, delivery: Delivery, handle: Callable[[], object]) -> object:
-        """Handle a message once the runs are known that a supervisor before us started: without
-        them a cancel would find nothing to cancel, and say that it had."""
-        if self._loaded:
-            return handle()
-        if len(self._early) >= _EARLY_LIMIT:
-            raise Refuse("the supervisor is starting; try again", FaultReason.OVERLOADED)
-
-        def answer() -> None:
-            try:
-                outcome = handle()
-            except Refuse as refusal:
-                delivery.fail(refusal.reason, str(refusal))
-                return
-            if outcome is not LATER:
-                assert isinstance(outcome, Message)
-                delivery.reply(outcome)
-
-        self._early.append(answer)
-        return LATER
+        self._early.end()
 
     def _adopt(self, state: RunState, process: ProcessRecord) -> None:
         """Take charge of a run that a supervisor before us started."""
@@ -244,7 +220,7 @@ class Runs(Supervisor):
 
     @handles(StartRun)
     def on_start_run(self, message: StartRun, delivery: Delivery) -> object:
-        return self._when_known(delivery, lambda: self._begin(message, delivery))
+        return self._early.handle(delivery, lambda: self._begin(message, delivery))
 
     def _begin(self, message: StartRun, delivery: Delivery) -> object:
         self._admission.begin(message, delivery)
@@ -306,7 +282,7 @@ class Runs(Supervisor):
 
     @handles(CancelRun)
     def on_cancel_run(self, message: CancelRun, delivery: Delivery) -> object:
-        return self._when_known(delivery, lambda: self._cancel_one(message, delivery))
+        return self._early.handle(delivery, lambda: self._cancel_one(message, delivery))
 
     def _cancel_one(self, message: CancelRun, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
@@ -427,7 +403,7 @@ class Runs(Supervisor):
 
     @handles(PutInbox, PushMessage, ReadIntents, AcknowledgeIntents)
     def on_sidecar_message(self, message: SidecarRequest, delivery: Delivery) -> object:
-        return self._when_known(delivery, lambda: self._to_sidecar(message, delivery))
+        return self._early.handle(delivery, lambda: self._to_sidecar(message, delivery))
 
     def _to_sidecar(self, message: SidecarRequest, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
@@ -441,7 +417,7 @@ class Runs(Supervisor):
 
     @handles(ReadConsole)
     def on_read_console(self, message: ReadConsole, delivery: Delivery) -> object:
-        return self._when_known(delivery, lambda: self._read_console(message, delivery))
+        return self._early.handle(delivery, lambda: self._read_console(message, delivery))
 
     def _read_console(self, message: ReadConsole, delivery: Delivery) -> object:
         run = self._runs.get(message.run_id)
@@ -459,7 +435,7 @@ class Runs(Supervisor):
         self._admission.closed = True
         if message.mode == "leave":
             return self._stop_all(message)
-        return self._when_known(delivery, lambda: self._stop_all(message))
+        return self._early.handle(delivery, lambda: self._stop_all(message))
 
     def _stop_all(self, message: StopRuns) -> Done:
         first = self._stopping is None
