@@ -340,6 +340,9 @@ class Hub(Node):
     # -- what goes out ---------------------------------------------------------------------
 
     def transmit(self, envelopes: Sequence[Envelope]) -> None:
+        if len(envelopes) == 1 and envelopes[0].kind is not Kind.PUBLISH:
+            self._transmit_to(envelopes[0].dest.partition("/")[0], envelopes)
+            return
         by_node: dict[str, list[Envelope]] = {}
         for envelope in envelopes:
             if envelope.kind is Kind.PUBLISH:

@@ -24,7 +24,7 @@ from voidbus.transport.envelope import Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.message import CodecError, Message, Right, UnknownType, message_type
 from voidbus.transport.outbound import Outbound
-from voidbus.transport.packing import unpack
+from voidbus.transport.packing import is_pack, unpack
 from voidbus.transport.socket_loop import SocketLoop
 from voidbus.transport.subscription import Subscription
 from voidbus.transport.topics import PREFIX_LIMIT, OnGap, OnPublication, TopicSequencer
@@ -344,6 +344,8 @@ class Node(ABC):
     def _parse(self, frames: list[bytes]) -> list[Envelope]:
         """What a message from another node holds; one that can't be read is counted."""
         try:
+            if not is_pack(frames):
+                return [read_envelope(frames)]
             return [read_envelope(parts) for parts in unpack(frames)]
         except FrameError:
             self.counters["malformed"] += 1

@@ -12,7 +12,7 @@ HELLO or WELCOME.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from voidbus.transport.envelope import Envelope, FrameError
 
@@ -29,9 +29,16 @@ Packet = tuple[Sequence[bytes], Sequence[Envelope]]
 
 
 def packets(
-    envelopes: Iterable[Envelope], *, packed: bool, on_refused: Callable[[Envelope, str], None]
-) -> Iterator[Packet]:
+    envelopes: Sequence[Envelope], *, packed: bool, on_refused: Callable[[Envelope, str], None]
+) -> list[Packet]:
     """What to send, in its order. `on_refused` gets what can't be written, and why."""
+    if len(envelopes) == 1:  # the one case that has to be quick
+        try:
+            return [(envelopes[0].frames(), envelopes)]
+        except FrameError as error:
+            on_refused(envelopes[0], str(error))
+            return []
+    found: list[Packet] = []
     frames: list[bytes] = []
     together: list[Envelope] = []
     size = 0
@@ -44,16 +51,17 @@ def packets(
         length = len(parts[0]) + _LENGTH.size
         is_small = packed and len(parts) == 1 and length <= _SMALL
         if together and (not is_small or size + length >= PACK_LIMIT):
-            yield pack(frames), together
+            found.append((pack(frames), together))
             frames, together, size = [], [], 0
         if is_small:
             frames += parts
             together.append(envelope)
             size += length
         else:
-            yield parts, (envelope,)
+            found.append((parts, (envelope,)))
     if together:
-        yield pack(frames), together
+        found.append((pack(frames), together))
+    return found
 
 
 def pack(frames: list[bytes]) -> list[bytes]:
@@ -66,11 +74,13 @@ def pack(frames: list[bytes]) -> list[bytes]:
     return [b"".join(parts)]
 
 
-def unpack(frames: list[bytes]) -> list[list[bytes]]:
-    """The envelopes of a message, each as its frames. Raises FrameError."""
-    if not frames or frames[0][:1] != _MARK:
-        return [frames]
-    (frame,) = frames[:1]
+def is_pack(frames: Sequence[bytes]) -> bool:
+    return bool(frames) and frames[0][:1] == _MARK
+
+
+def unpack(frames: Sequence[bytes]) -> list[list[bytes]]:
+    """The envelopes of a pack, each as its frames. Raises FrameError."""
+    frame = frames[0]
     if len(frames) > 1 or len(frame) > PACK_LIMIT:
         raise FrameError(f"a pack has one frame of at most {PACK_LIMIT} bytes")
     envelopes = []

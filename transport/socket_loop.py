@@ -346,14 +346,15 @@ class SocketLoop:
 
     def _flush(self) -> None:
         waiting = len(self._outbound)
-        if waiting:
-            envelopes = [self._outbound.popleft() for _ in range(waiting)]
-            sent = sum([envelope.size for envelope in envelopes])
-            try:
-                self._owner.transmit(envelopes)
-            finally:
-                with self._queue_lock:
-                    self._outbound_bytes -= sent
+        if not waiting:
+            return
+        envelopes = [self._outbound.popleft() for _ in range(waiting)]
+        sent = sum([envelope.size for envelope in envelopes])
+        try:
+            self._owner.transmit(envelopes)
+        finally:
+            with self._queue_lock:
+                self._outbound_bytes -= sent
 
     def _milliseconds_to(self, deadline: float | None) -> int:
         """How long to sleep, for the timers and whoever drives."""
