@@ -26,6 +26,7 @@ from voidbus.actors.runtime.policy import ChildPolicy, Restart
 from voidbus.actors.runtime.process import current_identity
 from voidbus.actors.runtime.supervisor import ChildSpec, actor_child
 from voidbus.actors.runtime.system import System
+from voidbus.actors.runtime.thread_stacks import limit_thread_stacks
 from voidbus.actors.sidecar import SidecarActor, SidecarDesk
 from voidbus.actors.vm import VmActor
 from voidbus.actors.workloads.conductor import MachineRequest
@@ -58,6 +59,12 @@ PRELOAD = (
     "voidbus.vm.qemu.support",
 )
 
+STACK_BYTES = 1984 * 1024
+"""Of each thread of a run's process, libzmq's too. Of glibc's 8 MiB one that lies well is a page of
+2 MiB at once, where transparent huge pages are for everyone, as in Debian: such a stack is a
+seventh of a run's process. In less than 2 MiB there is none; the deepest that pydantic writes takes
+1.5 MiB."""
+
 _DEFAULT_GRACE = 30.0
 _STOP_TIMEOUT = 10.0
 
@@ -68,6 +75,7 @@ def run(config_bytes: bytes) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     raise_descriptor_limit()
+    limit_thread_stacks(STACK_BYTES)
     config = RunConfig.model_validate_json(config_bytes)
     # What others log stays as it is: it would be most of it.
     logging.getLogger("voidbus").setLevel(config.log_level)
