@@ -118,7 +118,7 @@ def private_megabytes(pid: int) -> float:
             guest = "memfd:voidbus-guest" in line or "/vmlinux" in line or ".cpio" in line
         elif name in ("Private_Clean:", "Private_Dirty:") and not guest:
             total += int(line.split()[1])
-    return total / 1000
+    return total * 1024 / 1e6
 
 
 def processor_seconds() -> float:
