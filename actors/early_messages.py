@@ -28,6 +28,9 @@ class EarlyMessages:
             raise Refuse("the supervisor is starting; try again", FaultReason.OVERLOADED)
 
         def answer() -> None:
+            if delivery.expired:
+                delivery.fail(FaultReason.EXPIRED, "its deadline passed before it could be handled")
+                return
             try:
                 outcome = handle()
             except Refuse as refusal:

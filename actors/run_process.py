@@ -63,7 +63,7 @@ STACK_BYTES = 1984 * 1024
 """Of each thread of a run's process, libzmq's too. Of glibc's 8 MiB one that lies well is a page of
 2 MiB at once, where transparent huge pages are for everyone, as in Debian: such a stack is a
 seventh of a run's process. In less than 2 MiB there is none; the deepest that pydantic writes takes
-1.5 MiB."""
+1.5 MiB (measured with Python 3.11)."""
 
 _DEFAULT_GRACE = 30.0
 _STOP_TIMEOUT = 10.0

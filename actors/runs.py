@@ -121,6 +121,8 @@ class Runs(Supervisor):
         # Until the runs are known that a supervisor before us started, a cancel would find nothing
         # to cancel, and say that it had.
         self._early = EarlyMessages()
+        self._early_stops: list[Callable[[], None]] = []  # root's, which asks twice at most
+        self._unreadable = False
         self._early_exits: dict[ProcessIdentity, int | None] = {}
         self._adopted = 0
         self._stopping: StopRuns | None = None
@@ -156,6 +158,8 @@ class Runs(Supervisor):
     def _adopt_all(self, outcome: Message) -> None:
         if not isinstance(outcome, ActiveRuns):
             log.error("cannot read the journal: %s; trying again", detail_of(outcome))
+            self._unreadable = True  # which must keep nobody from stopping
+            self._stop_early()
             self.after(_RETRY_SECONDS, self._load)
             return
         self.skip_generations(outcome.last_generation)
@@ -163,6 +167,12 @@ class Runs(Supervisor):
             self._adopt(state, process)
         self._hub.open_work()
         self._early.end()
+        self._stop_early()
+
+    def _stop_early(self) -> None:
+        stops, self._early_stops = self._early_stops, []
+        for stop in stops:
+            stop()
 
     def _adopt(self, state: RunState, process: ProcessRecord) -> None:
         """Take charge of a run that a supervisor before us started."""
@@ -433,9 +443,17 @@ class Runs(Supervisor):
     @handles(StopRuns)
     def on_stop_runs(self, message: StopRuns, delivery: Delivery) -> object:
         self._admission.closed = True
-        if message.mode == "leave":
+        if message.mode == "leave" or self._early.over or self._unreadable:
             return self._stop_all(message)
-        return self._early.handle(delivery, lambda: self._stop_all(message))
+        asked_at = self.system.clock()
+
+        def stop() -> None:
+            passed = self.system.clock() - asked_at
+            left = max(0.0, message.deadline - passed)
+            delivery.reply(self._stop_all(message.model_copy(update={"deadline": left})))
+
+        self._early_stops.append(stop)
+        return LATER
 
     def _stop_all(self, message: StopRuns) -> Done:
         first = self._stopping is None

@@ -147,13 +147,15 @@ class Hub(Node):
 
     # -- what comes in ---------------------------------------------------------------------
 
-    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> int:
         if socket not in self._sockets.rights:
             self._take_other(socket, frames)
-            return
+            return 1
         identity = frames.pop(0)
-        for envelope in self._parse(frames):
-            self._take(socket, identity, envelope)
+        envelopes = self._parse(frames)
+        for envelope in envelopes:
+            self._loop.take(self._take, socket, identity, envelope)
+        return len(envelopes)
 
     def _take(self, socket: zmq.Socket[bytes], identity: bytes, envelope: Envelope) -> None:
         link = self._by_identity.get((socket, identity))

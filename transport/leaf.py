@@ -186,15 +186,17 @@ class Leaf(Node):
 
     # -- what comes in ---------------------------------------------------------------------
 
-    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> int:
         if socket is self._monitor:
             self._take_event(frames)
-            return
-        for envelope in self._parse(frames):
+            return 1
+        envelopes = self._parse(frames)
+        for envelope in envelopes:
             if socket is self._sub:
                 self._publish_here(envelope)
             else:
-                self._take(envelope)
+                self._loop.take(self._take, envelope)
+        return len(envelopes)
 
     def _take(self, envelope: Envelope) -> None:
         self._last_heard = _monotonic()

@@ -342,11 +342,20 @@ class Node(ABC):
         self._on_timer(now)
 
     def _parse(self, frames: list[bytes]) -> list[Envelope]:
-        """What a message from another node holds; one that can't be read is counted."""
+        """What a message from another node holds; what can't be read of it is counted."""
+        envelopes = []
+        for parts in self._unpacked(frames):
+            try:
+                envelopes.append(read_envelope(parts))
+            except FrameError:
+                self.counters["malformed"] += 1
+        return envelopes
+
+    def _unpacked(self, frames: list[bytes]) -> list[list[bytes]]:
+        if not is_pack(frames):
+            return [frames]
         try:
-            if not is_pack(frames):
-                return [read_envelope(frames)]
-            return [read_envelope(parts) for parts in unpack(frames)]
+            return unpack(frames)
         except FrameError:
             self.counters["malformed"] += 1
             return []
@@ -374,7 +383,7 @@ class Node(ABC):
         """The sockets to read."""
 
     @abstractmethod
-    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None: ...
+    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> int: ...
 
     @abstractmethod
     def transmit(self, envelopes: Sequence[Envelope]) -> None: ...

@@ -12,12 +12,12 @@ HELLO or WELCOME.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from voidbus.transport.envelope import Envelope, FrameError
 
 PACK_LIMIT = 32 * 1024
-"""Bytes of a pack. Every other link waits while one is taken apart and handled: 10 ms."""
+"""Bytes of a pack. Every other link waits while one is taken apart and handled: 10 ms at most."""
 
 # A larger message is not worth the copy.
 _SMALL = 4 * 1024
@@ -30,15 +30,9 @@ Packet = tuple[Sequence[bytes], Sequence[Envelope]]
 
 def packets(
     envelopes: Sequence[Envelope], *, packed: bool, on_refused: Callable[[Envelope, str], None]
-) -> list[Packet]:
-    """What to send, in its order. `on_refused` gets what can't be written, and why."""
-    if len(envelopes) == 1:  # the one case that has to be quick
-        try:
-            return [(envelopes[0].frames(), envelopes)]
-        except FrameError as error:
-            on_refused(envelopes[0], str(error))
-            return []
-    found: list[Packet] = []
+) -> Iterator[Packet]:
+    """What to send, in its order, written when it is asked for. `on_refused` gets what can't be
+    written, and why."""
     frames: list[bytes] = []
     together: list[Envelope] = []
     size = 0
@@ -51,17 +45,16 @@ def packets(
         length = len(parts[0]) + _LENGTH.size
         is_small = packed and len(parts) == 1 and length <= _SMALL
         if together and (not is_small or size + length >= PACK_LIMIT):
-            found.append((pack(frames), together))
+            yield pack(frames), together
             frames, together, size = [], [], 0
         if is_small:
             frames += parts
             together.append(envelope)
             size += length
         else:
-            found.append((parts, (envelope,)))
+            yield parts, (envelope,)
     if together:
-        found.append((pack(frames), together))
-    return found
+        yield pack(frames), together
 
 
 def pack(frames: list[bytes]) -> list[bytes]:

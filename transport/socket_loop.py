@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import zmq
 
@@ -25,9 +25,10 @@ from voidbus.transport.lead import Lead
 from voidbus.transport.wire import readable, receive_frames, send_frames
 
 _monotonic = time.monotonic
+T = TypeVar("T")
 _log = logging.getLogger("voidbus.transport")
 
-# Messages read from one socket before the others get their turn.
+# Envelopes read from one socket before the others get their turn.
 _BURST = 256
 # The longest sleep (milliseconds): poll's timeout is a C int and a deadline may be any time.
 _LONGEST_SLEEP = 3_600_000
@@ -45,8 +46,8 @@ class LoopOwner(Protocol):
     def sockets(self) -> Sequence[zmq.Socket[bytes]]:
         """The sockets to read."""
 
-    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        """A message came."""
+    def take_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> int:
+        """A message came; how many envelopes it held."""
 
     def transmit(self, envelopes: Sequence[Envelope]) -> None:
         """Send envelopes; those for one node in their order."""
@@ -201,6 +202,17 @@ class SocketLoop:
         self._touched.add(socket)
         send_frames(socket, frames)
 
+    def take(self, handle: Callable[..., T], *arguments: object) -> T | None:
+        """Handle something that came. What that raises is logged, counted, and ends here."""
+        try:
+            return handle(*arguments)
+        except zmq.error.ContextTerminated:
+            raise
+        except Exception:  # noqa: BLE001 - whatever a peer sent, the node lives on
+            self._counters["frames_raised"] += 1
+            _log.exception("node %s: could not handle a message", self._name)
+            return None
+
     def defer(self, function: Callable[[], object], *, serves: bool = False) -> None:
         """Run `function` last before the thread sleeps. The thread it `serves` may drive next.
 
@@ -320,9 +332,10 @@ class SocketLoop:
                 self._bursting = True
 
     def _drain(self, socket: zmq.Socket[bytes]) -> None:
-        """Read up to a burst of messages from a socket."""
+        """Read up to a burst of envelopes from a socket, and what came with the last of them."""
         routed = socket in self._routers
-        for number in range(_BURST):
+        taken = number = 0
+        while taken < _BURST:
             # Mostly there is one message, and before we sleep we look again; in a burst zmq.Again,
             # which costs three looks, ends it.
             if number == 1 and not self._bursting:
@@ -333,13 +346,8 @@ class SocketLoop:
             except zmq.Again:
                 self._bursting = number > 1
                 return
-            try:
-                self._owner.take_frames(socket, frames)
-            except zmq.error.ContextTerminated:
-                raise
-            except Exception:  # noqa: BLE001 - whatever a peer sent, the node lives on
-                self._counters["frames_raised"] += 1
-                _log.exception("node %s: could not handle a message", self._name)
+            taken += self.take(self._owner.take_frames, socket, frames) or 1
+            number += 1
             if socket.closed:
                 return
         self._unread.add(socket)

@@ -45,7 +45,8 @@ class UnderWay(Generic[K, V]):
         return self._items.get(key)
 
     def items(self) -> list[tuple[K, V]]:
-        return list(self._items.items())
+        # Of a copy, which is made at once: between two items another thread may take one.
+        return list(self._items.copy().items())
 
     def add(self, key: K, item: V) -> bool:
         """Add an item. True where it may be due before `next_at` said."""

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import ClassVar
@@ -60,16 +61,24 @@ class FirecrackerMachine(ImageMachine):
             "entropy": {},
             "drives": [],
         }
-        (spec.scratch / "config.json").write_text(json.dumps(settings))
-        self._process = subprocess.Popen(
-            [PROGRAM, "--no-api", "--config-file", "config.json"],
-            cwd=spec.scratch,
+        # In memory, and not on a disk: the channel's secret is in it.
+        with tempfile.TemporaryFile("w", dir="/dev/shm") as config:
+            json.dump(settings, config)
+            config.flush()
+            self._process = self._spawn(config.fileno())
+        self._watcher = threading.Thread(target=self._watch, args=(self._process,))
+        self._watcher.start()
+
+    def _spawn(self, config: int) -> subprocess.Popen[bytes]:
+        assert PROGRAM is not None
+        return subprocess.Popen(
+            [PROGRAM, "--no-api", "--config-file", f"/proc/self/fd/{config}"],
+            cwd=self.spec.scratch,
+            pass_fds=[config],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        self._watcher = threading.Thread(target=self._watch, args=(self._process,))
-        self._watcher.start()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Keep what it and its guest's console say, until it ends."""

@@ -14,8 +14,10 @@ from journal_kit import NOW
 from voidbus.actors.messages.actor import Accepted, Done
 from voidbus.actors.messages.journal import (
     ActiveRuns,
+    CountRuns,
     LoadActive,
     ProcessRecord,
+    RunCount,
     RunsStopped,
     StopRuns,
 )
@@ -36,7 +38,7 @@ from voidbus.actors.runtime.system import System
 from voidbus.transport.access import ipc_endpoints, secure_directory
 from voidbus.transport.admission import token_digest
 from voidbus.transport.delivery import Delivery
-from voidbus.transport.fault import FaultReason
+from voidbus.transport.fault import Fault, FaultReason
 from voidbus.transport.hub import Hub
 from voidbus.transport.leaf import Leaf
 from voidbus.transport.message import Message, Right
@@ -49,19 +51,19 @@ class Told:
 
     def __init__(self, reply: Message) -> None:
         self._reply = reply
-        self._got: list[Message] = []
+        self.got: list[Message] = []
         self._changed = threading.Condition()
 
     def deliver(self, delivery: Delivery) -> FaultReason | None:
         with self._changed:
-            self._got.append(delivery.message)
+            self.got.append(delivery.message)
             self._changed.notify_all()
         delivery.reply(self._reply)
         return None
 
     def wait(self, kind: type[Message]) -> Message:
         def found() -> Message | None:
-            return next((each for each in self._got if isinstance(each, kind)), None)
+            return next((each for each in self.got if isinstance(each, kind)), None)
 
         with self._changed:
             assert self._changed.wait_for(lambda: found() is not None, PATIENCE)
@@ -92,10 +94,16 @@ class SlowJournal:
         return None
 
     def tell(self) -> None:
+        active = ((self._state, self._process),)
+        self._asked_to_load().reply(ActiveRuns(runs=active, last_generation=1))
+
+    def fail(self) -> None:
+        self._asked_to_load().fail(FaultReason.FAILED, "the disk is broken")
+
+    def _asked_to_load(self) -> Delivery:
         assert self._asked.wait(PATIENCE)
         assert self._load is not None
-        active = ((self._state, self._process),)
-        self._load.reply(ActiveRuns(runs=active, last_generation=1))
+        return self._load
 
 
 class Restarted:
@@ -167,3 +175,21 @@ def test_a_stop_that_leaves_runs_alone_waits_for_nothing(restarted: Restarted) -
     restarted.hub.ask("supervisor/runs", stop, timeout=PATIENCE)
     assert isinstance(restarted.root.wait(RunsStopped), RunsStopped)
     restarted.journal.tell()
+
+
+def test_a_journal_that_cannot_be_read_keeps_nobody_from_stopping(restarted: Restarted) -> None:
+    stop = StopRuns(mode="cancel", deadline=20.0)
+    restarted.hub.ask("supervisor/runs", stop, timeout=PATIENCE)
+    restarted.journal.fail()
+    assert isinstance(restarted.root.wait(RunsStopped), RunsStopped)
+
+
+def test_what_has_expired_meanwhile_is_not_carried_out(restarted: Restarted) -> None:
+    cancel = CancelRun(run_id=RUN)
+    expired = restarted.hub.ask("supervisor/runs", cancel, timeout=0.01).wait()
+    assert isinstance(expired, Fault)
+    assert expired.reason is FaultReason.EXPIRED
+    restarted.journal.tell()
+    counted = restarted.hub.ask("supervisor/runs", CountRuns(), timeout=PATIENCE).result()
+    assert counted == RunCount(active=1, adopted=1)
+    assert restarted.run.got == []

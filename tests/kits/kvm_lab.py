@@ -88,7 +88,9 @@ def fetched_kernel() -> Path:
     if not unpacked.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            subprocess.run(["apt-get", "-q", "download", package], cwd=folder, check=True)
+            # Its words are no output of whoever asks.
+            fetch = ["apt-get", "-q", "download", package]
+            subprocess.run(fetch, cwd=folder, check=True, stdout=sys.stderr)
             (archive,) = Path(folder).glob("*.deb")
             target = Path(folder) / "unpacked"
             subprocess.run(["dpkg-deb", "-x", archive, target], check=True)

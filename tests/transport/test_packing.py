@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 
 import pytest
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from raw_dealer import RawDealer, look
@@ -15,6 +16,7 @@ from transport_kit import Bus, Echo, Look
 
 from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError, Kind, read_envelope
 from voidbus.transport.fault import FaultReason
+from voidbus.transport.link import Link
 from voidbus.transport.message import Right
 from voidbus.transport.packing import PACK_LIMIT, is_pack, pack, packets, unpack
 
@@ -103,21 +105,48 @@ def test_a_pack_that_is_none_is_refused(frames: list[bytes]) -> None:
         unpack(frames)
 
 
-def test_each_envelope_of_a_pack_is_looked_at_and_a_damaged_one_spoils_the_pack(bus: Bus) -> None:
+def test_each_envelope_of_a_pack_is_looked_at_by_itself(bus: Bus) -> None:
     echo = Echo()
     bus.hub.attach("x", echo)
     peer = RawDealer(bus, Right.OPERATE)
     try:
         assert peer.hello("client-raw", 7) is Kind.WELCOME
         first, second = (look(Kind.ASK, "client-raw/", "hub/x", 7, n).frames()[0] for n in (1, 2))
-        peer.socket.send_multipart(pack([first, b"damaged"]))
-        peer.socket.send_multipart(pack([first, second, first]))
+        peer.socket.send_multipart(pack([first, b"damaged", second, first]))
         assert [peer.receive().sequence for _ in range(2)] == [1, 2]
     finally:
         peer.socket.close()
     assert len(echo.got) == 2
     assert bus.hub.counters["malformed"] == 1
     assert bus.hub.counters["replayed"] == 1
+
+
+def test_packs_of_one_link_leave_the_others_their_turn(ipc_bus: Bus) -> None:
+    echo = Echo()
+    ipc_bus.hub.attach("x", echo)
+    peer, leaf = RawDealer(ipc_bus, Right.OPERATE), ipc_bus.leaf("run-1", Right.WORK)
+    assert leaf.wait_up(5)
+    bursts: list[int] = []
+    drain = ipc_bus.hub._loop._drain
+
+    def counted(socket: zmq.Socket[bytes]) -> None:
+        before = len(echo.got) + len(ipc_bus.hub._loop._deferred)
+        drain(socket)
+        bursts.append(len(echo.got) + len(ipc_bus.hub._loop._deferred) - before)
+
+    ipc_bus.hub._loop._drain = counted  # type: ignore[method-assign]
+    try:
+        assert peer.hello("client-raw", 7) is Kind.WELCOME
+        each = 300
+        asks = [
+            look(Kind.ASK, "client-raw/", "hub/x", 7, n).frames()[0] for n in range(1, 1 + 9 * each)
+        ]
+        for start in range(0, len(asks), each):
+            peer.socket.send_multipart(pack(asks[start : start + each]))
+        echo.wait_for(len(asks))
+    finally:
+        peer.socket.close()
+    assert max(bursts) == each, "one pack has more than a burst"
 
 
 def test_messages_that_wait_for_one_node_leave_together(ipc_bus: Bus) -> None:
@@ -147,3 +176,27 @@ def test_messages_that_wait_for_one_node_leave_together(ipc_bus: Bus) -> None:
     got = echo.wait_for(50)
     assert [d.message for d in got] == [Look(text=str(number)) for number in range(50)]
     assert sent == [50]
+
+
+def test_a_fault_of_ours_in_one_envelope_leaves_the_others(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo = Echo()
+    bus.hub.attach("x", echo)
+    take = bus.hub._take_message
+
+    def broken(link: Link, envelope: Envelope) -> None:
+        if envelope.sequence == 1:
+            raise RuntimeError("ours")
+        take(link, envelope)
+
+    monkeypatch.setattr(bus.hub, "_take_message", broken)
+    peer = RawDealer(bus, Right.OPERATE)
+    try:
+        assert peer.hello("client-raw", 7) is Kind.WELCOME
+        asks = [look(Kind.ASK, "client-raw/", "hub/x", 7, n).frames()[0] for n in (1, 2)]
+        peer.socket.send_multipart(pack(asks))
+        assert peer.receive().sequence == 2
+    finally:
+        peer.socket.close()
+    assert bus.hub.counters["frames_raised"] == 1

@@ -248,8 +248,11 @@ class GuestDevices:
         """On the kernel's command line, as the protocol has it. Where they have no room there, a
         guest of ours reads them from a disk; any other gets the error of a line that is too long.
         Raises ValueError."""
-        together = kernel_line([*self._arguments, *mounts])
-        if len(together) <= LONGEST_LINE or self._image.name == GIVEN:
+        try:
+            fits = len(kernel_line([*self._arguments, *mounts])) <= LONGEST_LINE
+        except ValueError:  # a path that no line carries
+            fits = False
+        if fits or self._image.name == GIVEN:
             self._arguments += mounts
             return
         text = " ".join(mounts).encode()
