@@ -22,6 +22,7 @@ _PASSED_ON = ("VOIDBUS_", "VOID_BOX_", "PYTHONPYCACHEPREFIX")
 
 
 def main() -> None:
+    asker = os.getppid()
     name, *arguments = sys.argv[1:]
     kernel = fetched_kernel()
     given = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(_PASSED_ON)]
@@ -38,7 +39,8 @@ def main() -> None:
         *("-serial", f"file:{log}"),
     ]
     os.dup2(os.open(log.with_suffix(".qemu.log"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-    os.execvp(command[0], command)
+    if os.getppid() == asker:  # else nobody is left, whose end would be the lab's
+        os.execvp(command[0], command)
 
 
 if __name__ == "__main__":
