@@ -21,6 +21,8 @@ BODY_LIMIT = 4 * 1024 * 1024
 ATTACHMENT_LIMIT = 16 * 1024 * 1024
 ATTACHMENTS_LIMIT = 16
 TOTAL_LIMIT = 32 * 1024 * 1024
+DEADLINE_LIMIT = 1e12
+"""Seconds of bus time that are a deadline."""
 
 # magic, wire version, kind, origin, sequence, deadline, generation, message version, and the
 # length of the strings that follow
@@ -168,7 +170,7 @@ def read_envelope(frames: Sequence[bytes]) -> Envelope:
         raise FrameError("not an envelope")
     if wire != WIRE_VERSION:
         raise FrameError(f"wire version {wire}; this node speaks {WIRE_VERSION}")
-    if not 0.0 <= deadline < 1e12:  # a NaN fails both comparisons
+    if not 0.0 <= deadline < DEADLINE_LIMIT:  # a NaN fails both comparisons
         raise FrameError("the deadline is not a time")
     fields = start + _FIXED.size
     body = fields + length

@@ -6,7 +6,7 @@ import threading
 from itertools import count
 
 from voidbus.transport.delivery import Ask, PendingAsks
-from voidbus.transport.envelope import BODY_LIMIT, Envelope, FrameError
+from voidbus.transport.envelope import BODY_LIMIT, DEADLINE_LIMIT, Envelope, FrameError
 from voidbus.transport.fault import FaultReason
 from voidbus.transport.socket_loop import SocketLoop
 
@@ -53,6 +53,8 @@ class Outbound:
 
     def submit(self, envelope: Envelope) -> tuple[FaultReason, str] | None:
         """Queue an envelope that has the number it needs."""
+        if not envelope.deadline < DEADLINE_LIMIT:
+            return FaultReason.INVALID, "its deadline is no time; give a timeout in seconds"
         long_fields = len(envelope.key) + len(envelope.trace) > _LONG_FIELDS
         if len(envelope.body) > BODY_LIMIT or envelope.attachments or long_fields:
             try:

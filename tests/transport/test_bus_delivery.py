@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from transport_kit import Answer, Bus, Change, Echo, Look, Mute, Signal, Work
 
@@ -109,6 +111,16 @@ def test_a_reply_too_large_to_travel_reaches_the_asker_as_a_fault(bus: Bus) -> N
     assert reason_of(client.ask("hub/huge", large, timeout=5)) is FaultReason.TOO_LARGE
     many = client.ask("hub/huge", Look(), timeout=5, attachments=[b""] * 17)
     assert reason_of(many) is FaultReason.TOO_LARGE
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e13, math.nan])
+def test_a_deadline_that_is_no_time_is_refused_where_it_is_given(bus: Bus, timeout: float) -> None:
+    client = bus.leaf("client-a")
+    bus.hub.attach("x", Echo())
+    assert reason_of(client.ask("hub/x", Look(), timeout=timeout)) is FaultReason.INVALID
+    assert client.tell("hub/x", Look(), timeout=timeout) is FaultReason.INVALID
+    assert client.ask("hub/x", Look(), timeout=5).result()
+    assert bus.hub.counters["malformed"] == 0
 
 
 def test_fields_that_cannot_be_written_end_the_ask_and_not_the_node(bus: Bus) -> None:
