@@ -9,21 +9,15 @@ libslirp would do its work inside our process, or in one whose sandbox we would 
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import shutil
-import signal
 import socket
 import struct
-import subprocess
 import time
 
-from voidbus.vm.guest.descendants import stat_fields
-from voidbus.vm.machine import Lease
+from voidbus.vm.helper_process import HelperProcess, readable
 from voidbus.vm.network.addresses import ADDRESS, DNS, GATEWAY, GATEWAY_MAC, MTU, PREFIX
 from voidbus.vm.network.frame_port import framed
 from voidbus.vm.network.packets import MAC_BYTES
-from voidbus.vm.signal_name import signal_name
 
 INSTALL = "apt install passt"
 """What installs passt on Debian and Ubuntu."""
@@ -37,12 +31,6 @@ SEND_BUFFER = 2 * 1024 * 1024
 
 _SO_SNDBUFFORCE = 32
 """<asm-generic/socket.h>; the socket module does not have it."""
-
-STDERR_BYTES = 4096
-"""How much of what passt says is kept."""
-
-END_SECONDS = 2.0
-"""How long passt may take to end once its socket is closed, before it is killed."""
 
 _SHELL = f'ulimit -n {OPEN_FILES} 2>/dev/null; exec "$0" "$@"'
 
@@ -77,81 +65,31 @@ class Passt:
         PasstError."""
         deadline = time.monotonic() + timeout
         program = find_passt()
-        self._said = bytearray()
         self.socket, theirs = socket.socketpair()
         self.send_buffer = _enlarge(theirs)
         """Bytes on their way to us that the socket holds; what is more, passt loses."""
-        self.stderr, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        """What passt says, to be read with ``read_stderr`` when it is readable."""
         try:
-            self._process = subprocess.Popen(
+            self.process = HelperProcess(
                 ["/bin/sh", "-c", _SHELL, program, *_options(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                pass_fds=(theirs.fileno(),),
-                cwd="/",
-                env={"PATH": os.defpath},
-                start_new_session=True,
+                [theirs.fileno()],
+                noise=_NOISE,
             )
         except OSError as error:
             self.socket.close()
-            os.close(self.stderr)
             raise PasstError(f"passt could not be started: {error}; check {program}") from error
         finally:
             theirs.close()
-            os.close(stderr)
-        self.pidfd = os.pidfd_open(self._process.pid)
-        """Readable when passt has ended."""
-        self.lease = Lease("process", self._process.pid, int(stat_fields(self._process.pid)[19]))
         try:
             self._wait_for_answer(deadline)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    def read_stderr(self) -> bool:
-        """Keep what passt says. False at its end."""
-        try:
-            data = os.read(self.stderr, STDERR_BYTES)
-        except BlockingIOError:
-            return True
-        self._said += data
-        del self._said[:-STDERR_BYTES]
-        return bool(data)
-
-    def said(self) -> str:
-        """The last of what passt has said, on one line."""
-        lines = (
-            "".join(c for c in line if c.isprintable())
-            for line in self._said.decode(errors="replace").splitlines()
-        )
-        kept = [line for line in lines if line and not line.startswith(_NOISE)]
-        return " | ".join(kept[-5:]) or "it said nothing"
-
     def close(self) -> str:
         """End passt, by closing the socket and else by killing it, and tell how it ended. Again
         is fine."""
         self.socket.close()
-        if self.pidfd >= 0:
-            if not _readable(self.pidfd, END_SECONDS):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-                _readable(self.pidfd, END_SECONDS)
-            self._process.wait(END_SECONDS)
-            os.close(self.pidfd)
-            while self.read_stderr() and _readable(self.stderr, 0):
-                pass
-            os.close(self.stderr)
-            self.pidfd = self.stderr = -1
-        code = self._process.returncode
-        how = f"was killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
-        return f"{how}; {self.said()}"
+        return self.process.close()
 
     def _wait_for_answer(self, deadline: float) -> None:
         # Sent before passt runs; answered as soon as it handles frames. It also tells passt the
@@ -159,7 +97,7 @@ class Passt:
         with contextlib.suppress(ConnectionError):  # it ended at once: seen below
             self.socket.send(_ARP_FOR_GATEWAY, socket.MSG_NOSIGNAL)
         left = max(0.0, deadline - time.monotonic())
-        if not _readable(self.socket.fileno(), left):
+        if not readable(self.socket.fileno(), left):
             raise PasstError(f"passt did not answer in time; {self.close()}")
         try:
             answer = self.socket.recv(struct.calcsize(">I") + 42, socket.MSG_WAITALL)
@@ -205,9 +143,3 @@ def _enlarge(sock: socket.socket) -> int:
     except PermissionError:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-
-
-def _readable(fd: int, seconds: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))

@@ -148,7 +148,7 @@ class UserNetwork:
         undo.callback(self._routes.close)
         passt = Passt(timeout)
         undo.callback(passt.close)
-        self._on_lease(passt.lease)
+        self._on_lease(passt.process.lease)
         self._filter.window = passt.send_buffer // 2
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         undo.callback(os.close, self._wake)
@@ -302,13 +302,13 @@ def _events(reads: bool, port: FramePort) -> int:
 
 def _poll_passt(passt: Passt, wake: int) -> select.poll:
     poll = select.poll()
-    for fd in (wake, passt.pidfd, passt.stderr):
+    for fd in (wake, passt.process.pidfd, passt.process.stderr):
         poll.register(fd, select.POLLIN)
     return poll
 
 
 def _check_passt(passt: Passt, ready: dict[int, int], poll: select.poll) -> None:
-    if passt.stderr in ready and not passt.read_stderr():
-        poll.unregister(passt.stderr)
-    if passt.pidfd in ready:
+    if passt.process.stderr in ready and not passt.process.read_stderr():
+        poll.unregister(passt.process.stderr)
+    if passt.process.pidfd in ready:
         raise _PasstEnded
