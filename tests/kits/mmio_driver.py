@@ -18,7 +18,7 @@ from virtio_driver import (
     guest_ram,
 )
 
-from voidbus.vm.devices.device import KernelDevice, VirtioDevice
+from voidbus.vm.devices.device import VhostDevice, VirtioDevice
 from voidbus.vm.devices.event_loop import EventLoop
 from voidbus.vm.devices.memory import GuestMemory
 from voidbus.vm.devices.virtio_mmio import VirtioMmio
@@ -27,7 +27,7 @@ from voidbus.vm.devices.virtio_mmio import VirtioMmio
 class MmioDriver:
     """Registers of one device, and a driver's habits."""
 
-    def __init__(self, device: VirtioDevice | KernelDevice, ram: GuestRam) -> None:
+    def __init__(self, device: VirtioDevice | VhostDevice, ram: GuestRam) -> None:
         self.ram = ram
         self.failures: list[str] = []
         self._failed = threading.Event()

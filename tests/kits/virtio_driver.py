@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from voidbus.vm.devices.memory import GuestMemory, MemoryRegion
+from voidbus.vm.devices.memory import GuestMemory, MemoryRegion, SharedRegion
 from voidbus.vm.devices.virtqueue import RingAddresses, Virtqueue
 
 WAIT = 10.0
@@ -49,6 +49,11 @@ class GuestRam:
     def memory(self) -> GuestMemory:
         """A device's view of it. The caller closes it."""
         return GuestMemory([MemoryRegion.map(self.fd, 0, self.size, self.address)])
+
+    def shared(self, memory: GuestMemory) -> tuple[SharedRegion, ...]:
+        """What another process is to be told of it, with the addresses of that view."""
+        (region,) = memory.regions
+        return (SharedRegion(self.address, self.size, region.host_address, self.fd, 0),)
 
     def alloc(self, size: int, alignment: int = 16) -> int:
         """A guest physical address of ``size`` bytes nobody else has."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from voidbus.vm.devices.event_loop import EventLoop
+from voidbus.vm.devices.memory import GuestMemory
 from voidbus.vm.devices.virtqueue import RingAddresses, Virtqueue
 
 # Feature bits (virtio 1.2, section 6).
@@ -104,9 +105,19 @@ class Ring:
     kick: int
     interrupt: int
 
+    def host_addresses(self, memory: GuestMemory) -> RingAddresses:
+        """Where its areas are in this process, each of them whole. Raises GuestMemoryError."""
+        # With what the event indices take (virtio 1.2, 2.7.6 and 2.7.8).
+        return RingAddresses(
+            memory.host_address(self.addresses.descriptors, 16 * self.size),
+            memory.host_address(self.addresses.available, 6 + 2 * self.size),
+            memory.host_address(self.addresses.used, 6 + 8 * self.size),
+        )
 
-class KernelDevice(Device):
-    """A device whose queues the host's kernel serves (vhost)."""
+
+class VhostDevice(Device):
+    """A device whose queues somebody else serves: the host's kernel (vhost), or another process
+    (vhost-user)."""
 
     @abstractmethod
     def ring_started(self, index: int, ring: Ring) -> None:

@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from voidbus.vm.devices.faults import GuestMemoryError
 
@@ -70,6 +71,17 @@ class MemoryRegion:
             self._mapping.close()
 
 
+class SharedRegion(NamedTuple):
+    """A region for another process to map: ``size`` bytes of guest memory from ``address`` on are
+    those of ``file`` from ``offset`` on, and at ``host_address`` in this process."""
+
+    address: int
+    size: int
+    host_address: int
+    file: int
+    offset: int
+
+
 class GuestMemory:
     """The regions of one guest. Every access is checked: it lies in the regions, or raises
     GuestMemoryError. What is read may change any moment, so it is to be read once, then checked.
@@ -119,6 +131,15 @@ class GuestMemory:
         if left or not pieces:
             raise GuestMemoryError(f"{size} bytes at {address:#x} are not guest memory")
         return pieces
+
+    def host_address(self, address: int, size: int) -> int:
+        """Where ``size`` bytes that lie in one region are in this process, for whoever maps it by
+        such addresses (vhost, vhost-user)."""
+        for region in self._regions:
+            offset = address - region.address
+            if offset >= 0 and offset + size <= region.size:
+                return region.host_address + offset
+        raise GuestMemoryError(f"{size} bytes at {address:#x} are not guest memory")
 
     def read(self, address: int, size: int) -> bytes:
         """A copy of ``size`` bytes."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from voidbus.vm.devices import vhost_calls as calls
-from voidbus.vm.devices.device import QUEUE_SIZE, RING_FEATURES, KernelDevice, Ring
+from voidbus.vm.devices.device import QUEUE_SIZE, RING_FEATURES, Ring, VhostDevice
 from voidbus.vm.devices.event_loop import EventLoop
-from voidbus.vm.devices.faults import GuestMemoryError, QueueError
+from voidbus.vm.devices.faults import QueueError
 from voidbus.vm.devices.memory import GuestMemory
 from voidbus.vm.devices.vhost_calls import vhost
 from voidbus.vm.devices.vsock_packets import F_STREAM
@@ -37,7 +37,7 @@ class VhostUnavailable(ValueError):
     """The kernel's vsock can't be used here: why, and what to do."""
 
 
-class VhostVsock(KernelDevice):
+class VhostVsock(VhostDevice):
     """The vsock of one guest, under a CID of its own. The guest reaches every listener of AF_VSOCK
     on the host, not only ours."""
 
@@ -108,19 +108,16 @@ class VhostVsock(KernelDevice):
     def ring_started(self, index: int, ring: Ring) -> None:
         if index not in _SERVED:
             return
-        addresses = ring.addresses
-        size = ring.size
-        # With what the event indices take (virtio 1.2, 2.7.6 and 2.7.8).
-        descriptors = self._place(addresses.descriptors, 16 * size)
-        available = self._place(addresses.available, 6 + 2 * size)
-        used = self._place(addresses.used, 6 + 8 * size)
+        size, places = ring.size, ring.host_addresses(self._memory)
         try:
             if not self._started:
                 vhost(self._fd, calls.SET_FEATURES, ctypes.c_uint64(self._taken))
                 vhost(self._fd, calls.SET_MEM_TABLE, self._table())
             vhost(self._fd, calls.SET_VRING_NUM, calls.VringState(index, size))
             vhost(self._fd, calls.SET_VRING_BASE, calls.VringState(index, 0))
-            place = calls.VringAddr(index, 0, descriptors, used, available, 0)
+            place = calls.VringAddr(
+                *(index, 0, places.descriptors, places.used, places.available, 0)
+            )
             vhost(self._fd, calls.SET_VRING_ADDR, place)
             vhost(self._fd, calls.SET_VRING_KICK, calls.VringFile(index, ring.kick))
             vhost(self._fd, calls.SET_VRING_CALL, calls.VringFile(index, ring.interrupt))
@@ -129,14 +126,6 @@ class VhostVsock(KernelDevice):
                 vhost(self._fd, calls.VSOCK_SET_RUNNING, ctypes.c_int(1))
         except OSError as error:
             raise QueueError(f"queue {index} of size {size}: {error.strerror}") from error
-
-    def _place(self, address: int, size: int) -> int:
-        """Where bytes of the guest are in this process. Raises GuestMemoryError."""
-        for region in self._memory.regions:
-            offset = address - region.address
-            if offset >= 0 and offset + size <= region.size:
-                return region.host_address + offset
-        raise GuestMemoryError(f"{size} bytes at {address:#x} are not guest memory")
 
     def _table(self) -> ctypes.Structure:
         return calls.memory_table(

@@ -17,8 +17,8 @@ from voidbus.vm.devices.device import (
     F_EVENT_IDX,
     F_INDIRECT_DESC,
     F_VERSION_1,
-    KernelDevice,
     Ring,
+    VhostDevice,
     VirtioDevice,
 )
 from voidbus.vm.devices.event_loop import EDGE, READ, EventLoop
@@ -74,7 +74,7 @@ class VirtioMmio(Registers):
     """One device behind its registers. Owns the device from ``attach`` on, and its eventfds."""
 
     def __init__(
-        self, device: VirtioDevice | KernelDevice, memory: GuestMemory, loop: EventLoop
+        self, device: VirtioDevice | VhostDevice, memory: GuestMemory, loop: EventLoop
     ) -> None:
         """``memory`` is the caller's and outlives this. Raises OSError."""
         self._device = device
@@ -93,9 +93,9 @@ class VirtioMmio(Registers):
         self._selected = 0
         self._queues = [_Queue(size) for size in device.queue_sizes]
         self._interrupt_lock = threading.Lock()
-        # The kernel tells nobody here when it interrupts the driver, which then has to find that
+        # Who serves the queues tells nobody here of an interrupt, and the driver has to find that
         # it was for a queue; the line is this device's alone.
-        self._interrupts = USED_BUFFER if isinstance(device, KernelDevice) else 0
+        self._interrupts = USED_BUFFER if isinstance(device, VhostDevice) else 0
         self._interrupt_status = 0
 
     def attach(self) -> None:
@@ -265,7 +265,7 @@ class VirtioMmio(Registers):
         addresses = RingAddresses(queue.descriptors, queue.available, queue.used)
         device, kick = self._device, self.kicks[index]
         queue.running = True
-        if isinstance(device, KernelDevice):
+        if isinstance(device, VhostDevice):
             device.ring_started(index, Ring(queue.size, addresses, kick, self.interrupt_fd))
             return
         running = Virtqueue(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from voidbus.vm.boot_arguments import first_arguments, mount_argument
 from voidbus.vm.devices.block import SECTOR, BlockDevice
-from voidbus.vm.devices.device import KernelDevice, VirtioDevice
+from voidbus.vm.devices.device import VhostDevice, VirtioDevice
 from voidbus.vm.devices.entropy import EntropyDevice
 from voidbus.vm.devices.event_loop import EventLoop
 from voidbus.vm.devices.memory import GuestMemory
@@ -159,7 +159,7 @@ class GuestDevices:
         self._loops.append(loop)
         return loop
 
-    def _add(self, device: VirtioDevice | KernelDevice, loop: EventLoop) -> None:
+    def _add(self, device: VirtioDevice | VhostDevice, loop: EventLoop) -> None:
         transport = VirtioMmio(device, self._memory, loop)
         self._open.callback(transport.close)
         transport.attach()
