@@ -26,7 +26,7 @@ KEY = "0" * 32
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of a user's own, a build that makes a tiny image, and a product of one file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(store, "read_product", lambda: Product("p", (), "1.5"))
+    monkeypatch.setattr(store, "own_files", lambda: Product("p", (), "1.5"))
     monkeypatch.setattr(store, "product_archive", lambda *_: bytes(512))
     monkeypatch.setattr(building, "build_image", _build)
     return tmp_path / "voidbus/images"

@@ -56,7 +56,7 @@ class Workshop:
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     shop = Workshop(tmp_path / "images")
-    monkeypatch.setattr(store, "read_product", lambda: shop.product)
+    monkeypatch.setattr(store, "own_files", lambda: shop.product)
     monkeypatch.setattr(store, "product_archive", shop.archive)
     return shop
 

@@ -65,7 +65,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for variable in ("VOID_BOX_KERNEL", "VOID_BOX_INITRAMFS"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(store, "read_product", lambda: Product("p", (), "1.5"))
+    monkeypatch.setattr(store, "own_files", lambda: Product("p", (), "1.5"))
     monkeypatch.setattr(store, "product_archive", lambda *_: bytes(512))
     return Cache(tmp_path / "voidbus/images")
 

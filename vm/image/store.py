@@ -27,8 +27,9 @@ from voidbus.vm.image import publishing, upkeep
 from voidbus.vm.image.fault import ImageError
 from voidbus.vm.image.guest_image import GIVEN, GuestImage, given_image
 from voidbus.vm.image.manifest import Manifest, Part, read_manifest
+from voidbus.vm.image.own_files import own_files
 from voidbus.vm.image.packages import package_file
-from voidbus.vm.image.product import TOOLS_FOLDER, Product, product_archive, read_product
+from voidbus.vm.image.product import TOOLS_FOLDER, Product, product_archive
 
 __all__ = [
     "GuestImage",
@@ -79,7 +80,7 @@ class ImageStore:
         Where only those differ from what is cached it is put together here, offline. Raises
         ImageError where it was never built, or is damaged.
         """
-        product = _own_files()
+        product = own_files()
         found = self.find(name, product)
         if found is not None:
             return found
@@ -106,7 +107,7 @@ class ImageStore:
         """The image `current` gives, where it is there already and whole. Makes nothing. Raises
         ImageError where its distribution part was never built, or is damaged."""
         key = self._key_of(name)
-        folder = self._image_folder(key, product or _own_files())
+        folder = self._image_folder(key, product or own_files())
         distribution = read_manifest(self._distribution(key) / "manifest.json")
         self._require_whole(distribution, "vmlinux")
         try:
@@ -146,7 +147,7 @@ class ImageStore:
 
     def _in_use(self) -> set[Path]:
         """The folders and files `current` and the agents' layers need."""
-        product = _own_files()
+        product = own_files()
         used: set[Path] = set()
         for record in upkeep.published(self.root / "agents"):
             with contextlib.suppress(ImageError):
@@ -349,13 +350,6 @@ def require_modules(image: GuestImage, names: Iterable[str]) -> None:
             "which this machine can't do its work: another version of voidbus built it; run "
             f"`voidbus image build {image.name}`"
         )
-
-
-def _own_files() -> Product:
-    try:
-        return read_product()
-    except OSError as error:
-        raise ImageError(f"voidbus's own files can't be read: {error}; install it again") from error
 
 
 def _checked_name(name: str) -> str:
