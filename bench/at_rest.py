@@ -13,7 +13,6 @@ over 10 seconds (proc_pid_status(5)). ZeroMQ's own threads are among them.
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from statistics import median
 
 from kit.measure import Report, start_report
 from kit.supervised import PATIENCE, Supervised, descendants
+from kit.threads import thread_switches
 
 FLOOR = (
     "import sys; import zmq, pydantic, aiohttp; context = zmq.Context(); "
@@ -50,34 +50,22 @@ def memory(pid: int) -> dict[str, float]:
     return found
 
 
-def switches(pid: int) -> tuple[int, int]:
-    """Voluntary context switches of all threads, and how many threads there are."""
-    total = threads = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has ended since
-            for line in (task / "status").read_text().splitlines():
-                if line.startswith("voluntary_ctxt_switches:"):
-                    total += int(line.split()[1])
-            threads += 1
-    return total, threads
-
-
 def observe(pids: list[int], seconds: float) -> dict[int, Usage]:
     """Watch processes for some seconds without touching them."""
-    before = {pid: switches(pid)[0] for pid in pids}
+    before = {pid: sum(thread_switches(pid).values()) for pid in pids}
     start = time.monotonic()
     time.sleep(seconds)
     took = time.monotonic() - start
     found = {}
     for pid in pids:
-        after, threads = switches(pid)
+        after = thread_switches(pid)
         sizes = memory(pid)
         found[pid] = Usage(
             sizes["Private_Clean"] + sizes["Private_Dirty"],
             sizes["Rss"],
             sizes["Pss"],
-            threads,
-            (after - before[pid]) / took,
+            len(after),
+            (sum(after.values()) - before[pid]) / took,
         )
     return found
 

@@ -21,22 +21,9 @@ from at_rest import observe, show
 from kit.machines import execute, machines_work, started
 from kit.measure import start_report
 from kit.supervised import SANDBOX, Supervised, command_line, descendants
+from kit.threads import thread_switches, wake_ups
 
 from voidbus.vm.qemu.machine import QemuMachine
-
-
-def thread_switches(pid: int) -> dict[int, int]:
-    """Voluntary context switches of each thread."""
-    found = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            lines = (task / "status").read_text().splitlines()
-        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended since
-            continue
-        for line in lines:
-            if line.startswith("voluntary_ctxt_switches:"):
-                found[int(task.name)] = int(line.split()[1])
-    return found
 
 
 def waits_in(pid: int, thread: int) -> str:
@@ -56,7 +43,7 @@ def idle_machine(settle: float, watched: float) -> float:
         before, began = thread_switches(os.getpid()), time.monotonic()
         time.sleep(watched)
         after, took = thread_switches(os.getpid()), time.monotonic() - began
-    return sum(after[tid] - before[tid] for tid in set(before) - before_it) / took
+    return wake_ups(before, after, before_it) / took
 
 
 def main() -> None:

@@ -18,6 +18,35 @@ TURN_OFF = bytes.fromhex("66 ba 00 06 b0 34 ee eb fe")
 # mov edi, 0xcffff000; mov byte [rdi], 1: the register of boot marks; then for ever.
 TELL_AND_LOOP = bytes.fromhex("bf 00 f0 ff cf c6 07 01 eb fe")
 
+_LOCAL_APIC, _VECTOR = 0xFEE0_0000, 0x40
+_APIC_HERTZ = 1_000_000_000
+"""The clock of KVM's local APIC (APIC_BUS_CYCLE_NS in arch/x86/kvm)."""
+
+
+def tick(hertz: int) -> bytes:
+    """A guest that sleeps until its timer wakes it, so often, and then sleeps again. Registers of
+    the timer: Intel's manual, volume 3, "Local APIC"."""
+
+    def store(register: int, value: int) -> bytes:  # mov dword [rdi + register], value
+        return b"\xc7\x87" + struct.pack("<II", register, value)
+
+    begin = bytes.fromhex("bf 00 f0 ff cf c6 07 01")  # the register of boot marks, as above
+    begin += b"\xbf" + struct.pack("<I", _LOCAL_APIC)  # mov edi
+    timer = store(0xF0, 0x1FF)  # the APIC is on
+    timer += store(0x3E0, 0xB) + store(0x320, 0x2_0000 | _VECTOR)  # undivided, again and again
+    timer += store(0x380, _APIC_HERTZ // hertz)
+    sleep = bytes.fromhex("fb f4 eb fc")  # sti; hlt; and again
+    handler = store(0xB0, 0) + bytes.fromhex("48 cf")  # the interrupt's end; iretq
+    load = bytes.fromhex("0f 01 1c 25")  # lidt [address]
+    before_handler = len(begin) + len(load) + 4 + len(timer) + len(sleep)
+    gates = -(before_handler + len(handler)) // 16 * -16
+    at = _ENTRY + before_handler
+    gate = struct.pack("<HHBBHII", at & 0xFFFF, 0x10, 0, 0x8E, at >> 16, 0, 0)
+    table = gate * (_VECTOR + 1)
+    place = struct.pack("<HQ", len(table) - 1, _ENTRY + gates)
+    code = begin + load + struct.pack("<I", _ENTRY + gates + len(table)) + timer + sleep + handler
+    return code.ljust(gates, b"\0") + table + place
+
 
 def write_kernel(path: Path, code: bytes) -> Path:
     """An ELF file of one segment."""
