@@ -229,7 +229,8 @@ class RunProcess:
             host_ports=frozenset(sandbox.host_ports),
             agent=request.agent,
             images=tuple(ImageMount(*image) for image in request.images),
-            kernel_vsock=self._config.kernel_vsock,
+            kernel_vsock=self._config.machines.kernel_vsock,
+            virtiofsd=self._config.machines.virtiofsd,
         )
 
     def _share(self, name: str) -> Path:

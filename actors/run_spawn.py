@@ -13,6 +13,7 @@ from voidbus.actors.run_process import ENTRY, LOG_FILE
 from voidbus.actors.runtime.process import ProcessIdentity
 from voidbus.actors.runtime.spawned import SpawnedProcess, SpawnError
 from voidbus.actors.runtime.spawner import Spawner
+from voidbus.spec.machines import MachinesConfig
 from voidbus.transport.hub import Hub
 from voidbus.transport.message import Right
 
@@ -29,7 +30,7 @@ def spawn_run(
     directory: Path,
     artifacts: Path,
     *,
-    kernel_vsock: bool,
+    machines: MachinesConfig,
 ) -> SpawnedProcess:
     """A process for an admitted run. Blocks, on a job's thread. Raises what the spawner raises,
     SpawnError where the run can't have its directory, and BusError where the journal does not take
@@ -47,7 +48,7 @@ def spawn_run(
         input=launch.input,
         policy=launch.policy,
         next_seq=len(launch.events),
-        kernel_vsock=kernel_vsock,
+        machines=machines,
         log_level=log.getEffectiveLevel(),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -67,6 +67,7 @@ from voidbus.actors.runtime.spawned import SpawnedProcess, describe_returncode
 from voidbus.actors.runtime.spawner import Spawner
 from voidbus.actors.runtime.supervisor import Child, ChildSpec, Supervisor
 from voidbus.actors.sidecar_door import SidecarDoor, SidecarRequest
+from voidbus.spec.machines import MachinesConfig
 from voidbus.transport.delivery import Delivery
 from voidbus.transport.fault import BusError, FaultReason
 from voidbus.transport.hub import Hub
@@ -100,7 +101,7 @@ class RunsSettings:
     artifacts_dir: Path
     max_parallel: int
     adoption_deadline: float
-    kernel_vsock: bool = False
+    machines: MachinesConfig = field(default_factory=MachinesConfig)
 
 
 class Runs(Supervisor):
@@ -269,7 +270,7 @@ class Runs(Supervisor):
                 admitted,
                 directory,
                 settings.artifacts_dir,
-                kernel_vsock=settings.kernel_vsock,
+                machines=settings.machines,
             )
 
         try:

@@ -238,7 +238,7 @@ class _Tree:
             artifacts_dir=self._state_dir / ARTIFACTS_FOLDER,
             max_parallel=config.max_parallel_runs,
             adoption_deadline=config.adoption_deadline_secs,
-            kernel_vsock=config.machines.kernel_vsock,
+            machines=config.machines,
         )
         return (
             actor_child(

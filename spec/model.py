@@ -1,6 +1,7 @@
 """The base of the models: frozen, and strict about types (a whole number is not `1.0`, `true` or
 `"1"`), as the format's other readers are."""
 
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,10 @@ Item = TypeVar("Item")
 # A sequence that doesn't change. A list will do for a tuple, also inside a union's member, where
 # pydantic's strict mode wants a tuple; the items are as strict as ever.
 Items = Annotated[tuple[Item, ...], Field(strict=False)]
+
+
+PathText = Annotated[Path, Field(strict=False)]
+"""A path, written as text."""
 
 
 class SpecModel(BaseModel):

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field
 
 from voidbus.spec.document import format_of, parse_document, read_bytes
-from voidbus.spec.model import ConfigModel
+from voidbus.spec.machines import MachinesConfig
+from voidbus.spec.model import ConfigModel, PathText
 from voidbus.spec.node import Node, mapping
 from voidbus.spec.policy import U64_MAX
 from voidbus.spec.problem import Location, Position, Problem, SpecError, field_path, nearest
@@ -25,7 +26,6 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-PathText = Annotated[Path, Field(strict=False)]
 PositiveSeconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=86_400.0)]
 
 
@@ -75,14 +75,6 @@ class RetentionConfig(ConfigModel):
 
     max_age_days: Annotated[float, BeforeValidator(_number), Field(ge=0, le=36_500)] | None = None
     max_bytes: Annotated[int, Field(ge=0, le=U64_MAX)] | None = None
-
-
-class MachinesConfig(ConfigModel):
-    """How machines are made. `kernel_vsock`: those of KVM reach the host through
-    `/dev/vhost-vsock`, which is faster, but then a guest also reaches whatever else listens on
-    AF_VSOCK on the host."""
-
-    kernel_vsock: bool = False
 
 
 class LogConfig(ConfigModel):

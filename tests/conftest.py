@@ -132,6 +132,12 @@ def _has_codex() -> bool:
     return codex_program() is not None
 
 
+def _has_virtiofsd() -> bool:
+    from virtiofsd import virtiofsd
+
+    return virtiofsd() is not None and shutil.which("unshare") is not None
+
+
 def _has_kvm_hardware() -> bool:
     from voidbus.vm.acceleration import find_acceleration
 
@@ -163,6 +169,7 @@ CAPABILITIES: dict[str, Callable[[], bool]] = {
     "kvm-hardware": _has_kvm_hardware,
     "kvm-headers": _has_kvm_headers,
     "vhost-vsock": lambda: os.access("/dev/vhost-vsock", os.R_OK | os.W_OK),
+    "virtiofsd": _has_virtiofsd,
     "iasl": lambda: shutil.which("iasl") is not None,
 }
 

@@ -48,7 +48,8 @@ class MachineSpec:
     whose file system the programs get; ``host_ports`` are ports of the host's 127.0.0.1 that a
     guest with ``network`` may reach at its gateway; ``agent`` names the agent whose layer (see
     ``agent_layer``) lies over that root, and ``images`` lie over both; ``kernel_vsock`` has the
-    host's kernel serve the guest's sockets, where the machine can (KVM's)."""
+    host's kernel serve the guest's sockets, and ``virtiofsd``, a program, serves its directories,
+    where the machine can (KVM's)."""
 
     run_id: str
     name: str
@@ -68,6 +69,7 @@ class MachineSpec:
     agent: str | None = None
     images: tuple[ImageMount, ...] = ()
     kernel_vsock: bool = False
+    virtiofsd: Path | None = None
 
 
 @dataclass(frozen=True)

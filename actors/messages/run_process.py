@@ -6,6 +6,7 @@ import logging
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from voidbus.spec.machines import MachinesConfig
 from voidbus.transport.message import Message, Right
 
 
@@ -30,7 +31,7 @@ class RunConfig(BaseModel):
     input: str | None = Field(default=None, repr=False)
     policy: dict[str, int] | None = None
     next_seq: int
-    kernel_vsock: bool = False
+    machines: MachinesConfig = MachinesConfig()
     log_level: int = logging.INFO
 
 

@@ -20,6 +20,9 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
             return [pytest.mark.needs("kvm")]
         case "kvm_machine":
             return [pytest.mark.needs("kvm-hardware", "vm"), pytest.mark.timeout(600)]
+        case "kvm_mounts":
+            needed = ("kvm-hardware", "virtiofsd", "vm")
+            return [pytest.mark.needs(*needed), pytest.mark.timeout(200)]
         case _ if name.startswith("vm_"):
             return [pytest.mark.needs("vm"), pytest.mark.timeout(200)]
     return []
@@ -31,7 +34,7 @@ def test_a_bench_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
         [sys.executable, str(BENCH / f"{name}.py"), "--quick", "--results", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=500.0 if "_machine" in name else 180.0 if name.startswith("vm_") else 50.0,
+        timeout=500.0 if "_machine" in name else 180.0 if "vm_" in name else 50.0,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -161,7 +161,9 @@ def living() -> set[int]:
     return {pid for pid, state in descendants(os.getpid()).items() if state != "Z"}
 
 
-class MachineConformance:
+class MachineFixtures:
+    """Machines of one kind for the tests of a class: each its own, or one for all."""
+
     machine_type: type[Machine]
     fields: ClassVar[dict[str, object]] = {}
     """What else the machines' specification says."""
@@ -182,6 +184,8 @@ class MachineConformance:
         with machines_of(cls.machine_type, folder, **cls.fields) as make:
             yield make().start()
 
+
+class MachineConformance(MachineFixtures):
     # -- exec -----------------------------------------------------------------------------
 
     def test_a_program_reports_its_output_on_both_streams_and_its_exit_code(

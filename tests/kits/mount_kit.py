@@ -1,19 +1,18 @@
-"""What every machine must do for directories of the host. Subclass beside
-``MachineConformance``, whose fixtures it uses."""
+"""What every machine must do for directories of the host."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
 import pytest
-from machine_kit import WAIT, MakeGuest
+from machine_kit import WAIT, MachineFixtures, MakeGuest
 from watch_kit import ends, start, watch
 
 from voidbus.vm.faults import ChannelFault, FaultReason
 from voidbus.vm.machine import MachineError, Mount
 
 
-class MountConformance:
+class MountConformance(MachineFixtures):
     def test_a_writable_directory_of_the_host_is_shared_with_programs_and_file_requests(
         self, make: MakeGuest, tmp_path: Path
     ) -> None:

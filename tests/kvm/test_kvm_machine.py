@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -9,8 +12,19 @@ from typing import ClassVar
 
 import pytest
 from guest_vm import eventually
-from machine_kit import START_WAIT, WAIT, Guest, MachineConformance, MakeGuest, run, shell
+from machine_kit import (
+    START_WAIT,
+    WAIT,
+    Guest,
+    MachineConformance,
+    MachineFixtures,
+    MakeGuest,
+    living,
+    run,
+    shell,
+)
 from mount_kit import MountConformance
+from virtiofsd import virtiofsd
 from watch_kit import FileWatchConformance
 
 from voidbus.vm.image.cpio import directory, write_archive
@@ -78,6 +92,20 @@ class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance)
         # What the guest still does after its boot is its own; a timer of ours would go on.
         assert eventually(lambda: wake_ups() == 0, WAIT)
 
+    def test_an_idle_guest_sleeps(self, make: MakeGuest) -> None:
+        before = set(threading.enumerate())
+        make().start()
+        (vcpu,) = (each for each in set(threading.enumerate()) - before if "-vcpu" in each.name)
+        assert vcpu.native_id is not None
+
+        def wake_ups() -> int:
+            count = switches_of(vcpu.native_id or 0)
+            threading.Event().wait(2.0)
+            return switches_of(vcpu.native_id or 0) - count
+
+        # A stock kernel left to itself wakes 15 times in that.
+        assert eventually(lambda: wake_ups() <= 4, WAIT)
+
     def test_a_guest_that_never_answers_is_told_with_its_last_lines(
         self, make: MakeGuest, tmp_path: Path
     ) -> None:
@@ -110,6 +138,66 @@ class TestKvmMachine(MachineConformance, FileWatchConformance, MountConformance)
         assert shell(guest.channel, f"echo x >{paths[1]}/new").result().exit_code == 0
         assert shell(guest.channel, f"echo x >{paths[0]}/new").result().exit_code != 0
         assert b"voidbus.more=vda" in run(guest.channel, "cat", "/proc/cmdline").stdout
+
+
+@pytest.mark.needs("virtiofsd")
+class TestKvmMachineWithVirtiofsd(MountConformance):
+    machine_type = KvmMachine
+    fields: ClassVar[dict[str, object]] = {"virtiofsd": virtiofsd()}
+
+    def test_memory_that_held_the_kernels_files_is_good_for_a_file_of_the_host(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        # Memory of the guest that is not the memory file's would be read by nobody else. A guest
+        # that keeps a large file in memory has it everywhere.
+        host = tmp_path / "shared"
+        host.mkdir()
+        digest = hashlib.sha256()
+        with (host / "large").open("wb") as file:
+            for _ in range(140):
+                piece = os.urandom(1 << 20)
+                digest.update(piece)
+                file.write(piece)
+        channel = make(memory_mb=256, mounts=(Mount(host, "/data"),)).start().channel
+        for _ in range(2):  # from the host, and then from memory
+            said = run(channel, "sha256sum", "/data/large", timeout=240).stdout
+            assert said.split()[0].decode() == digest.hexdigest()
+
+    def test_a_guest_writes_as_the_directorys_owner(self, make: MakeGuest, tmp_path: Path) -> None:
+        host = tmp_path / "shared"
+        guest = make(mounts=(Mount(host, "/data", writable=True),)).start()
+        said = shell(guest.channel, "echo x >/data/f; stat -c '%u %a' /data /data/f").result()
+        assert said.stdout == b"1000 755\n1000 644\n"
+        assert (host / "f").stat().st_uid == host.stat().st_uid
+
+    def test_nothing_of_it_outlives_the_machine(self, make: MakeGuest, tmp_path: Path) -> None:
+        before = living()
+        guest = make(mounts=(Mount(tmp_path, "/data"), Mount(tmp_path, "/more"))).start()
+        assert len(living() - before) == 4, "two for each"
+        guest.machine.close()
+        assert living() == before
+
+    def test_its_end_ends_the_machine_with_the_reason(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        before = living()
+        guest = make(mounts=(Mount(tmp_path, "/data"),)).start()
+        for pid in living() - before:
+            os.kill(pid, signal.SIGKILL)
+        assert guest.exited.wait(WAIT)
+        (ended,) = guest.exits
+        assert f"virtiofsd, which served {tmp_path}: " in ended.reason
+
+
+class TestKvmMachineWithoutVirtiofsd(MachineFixtures):
+    machine_type = KvmMachine
+
+    def test_one_that_is_not_there_fails_the_start_with_its_name(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        guest = make(virtiofsd=tmp_path / "nowhere", mounts=(Mount(tmp_path, "/data"),))
+        with pytest.raises(MachineError, match=r"can't be shared: .*nowhere"):
+            guest.machine.start(WAIT)
 
 
 @pytest.mark.needs("vhost-vsock")

@@ -42,6 +42,11 @@ class ShareIdentity:
             if not took:
                 raise PermissionError(f"can't act as uid {directory.st_uid}, its owner")
 
+    @property
+    def ids(self) -> tuple[int, int]:
+        """The identity: uid and gid."""
+        return self._acting
+
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
         """Do what is done inside, on this thread, as this identity: with its permissions, and what

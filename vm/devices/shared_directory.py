@@ -91,6 +91,11 @@ class SharedDirectory:
         """How many files the guest knows, the root aside."""
         return len(self._nodes)
 
+    @property
+    def owner(self) -> tuple[int, int]:
+        """Whom the share acts as on the host: uid and gid."""
+        return self._identity.ids
+
     def acting(self) -> contextlib.AbstractContextManager[None]:
         """Inside, this thread has the share's identity. For every call but ``reset`` and
         ``close``."""

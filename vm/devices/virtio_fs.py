@@ -10,35 +10,46 @@ from voidbus.vm.devices.fuse_server import FuseServer
 from voidbus.vm.devices.shared_directory import SharedDirectory
 from voidbus.vm.devices.virtqueue import Virtqueue
 
+DEVICE_ID = 26
+"""A file system device (virtio 1.2, section 5)."""
 TAG_BYTES = 36
 """The longest tag (virtio 1.2, 5.11.4)."""
 QUEUE_SIZE = 1024
 """With less than some 260 entries the guest can't send requests of MAX_WRITE bytes: it needs a
 descriptor for each page."""
 
+QUEUE_SIZES = (QUEUE_SIZE, QUEUE_SIZE)
+"""Queue 0 is for what goes first (FORGET), queue 1 for requests."""
+
 _CONFIG = struct.Struct(f"<{TAG_BYTES}sI")
 _REQUEST_QUEUES = 1
 _REQUESTS_A_TURN = 32
 
 
+def configuration(tag: str) -> bytes:
+    """The device's configuration space (5.11.4). ValueError for a tag that is empty, too long or
+    has a NUL."""
+    name = tag.encode()
+    if not 0 < len(name) <= TAG_BYTES or b"\0" in name:
+        raise ValueError(f"{tag!r} is no tag of a mount: 1 to {TAG_BYTES} bytes, none NUL")
+    return _CONFIG.pack(name, _REQUEST_QUEUES)
+
+
 class VirtioFs(VirtioDevice):
-    """One share as a device: queue 0 is for what goes first (FORGET), queue 1 for requests.
+    """One share as a device.
 
     A request waits for the host's disk. So the loop this device is attached to must have no other
     device.
     """
 
-    device_id = 26
-    queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
+    device_id = DEVICE_ID
+    queue_sizes = QUEUE_SIZES
     features = RING_FEATURES
 
     def __init__(self, share: SharedDirectory, tag: str) -> None:
-        """``share`` is owned from now on. ``tag`` is what the guest mounts. ValueError for a tag
-        that is empty, too long or has a NUL."""
-        name = tag.encode()
-        if not 0 < len(name) <= TAG_BYTES or b"\0" in name:
-            raise ValueError(f"{tag!r} is no tag of a mount: 1 to {TAG_BYTES} bytes, none NUL")
-        self._config = _CONFIG.pack(name, _REQUEST_QUEUES)
+        """``share`` is owned from now on. ``tag`` is what the guest mounts. ValueError as by
+        ``configuration``."""
+        self._config = configuration(tag)
         self._share = share
         self._server = FuseServer(share)
         self._queues: dict[int, Virtqueue] = {}

@@ -9,7 +9,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from voidbus.vm.boot_arguments import first_arguments, mount_argument
@@ -17,7 +17,7 @@ from voidbus.vm.devices.block import SECTOR, BlockDevice
 from voidbus.vm.devices.device import VhostDevice, VirtioDevice
 from voidbus.vm.devices.entropy import EntropyDevice
 from voidbus.vm.devices.event_loop import EventLoop
-from voidbus.vm.devices.memory import GuestMemory
+from voidbus.vm.devices.memory import GuestMemory, SharedRegion
 from voidbus.vm.devices.network_card import NetworkCard
 from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.shared_directory import SharedDirectory
@@ -35,7 +35,7 @@ from voidbus.vm.kvm.boot_marks import MARKS_ADDRESS
 from voidbus.vm.kvm.loading import LONGEST_LINE
 from voidbus.vm.kvm.memory import LOW_END
 from voidbus.vm.kvm.virtual_machine import IO_APIC_PINS
-from voidbus.vm.machine import Lease, MachineSpec
+from voidbus.vm.machine import Lease, MachineSpec, Mount
 from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import UserNetwork
@@ -77,14 +77,16 @@ class GuestDevices:
         spec: MachineSpec,
         image: GuestImage,
         memory: GuestMemory,
+        regions: Sequence[SharedRegion],
         *,
         on_failed: Callable[[str], None],
         on_lease: Callable[[Lease], None],
     ) -> None:
-        """``memory`` is the caller's and outlives this."""
+        """``memory`` and ``regions`` are one, are the caller's and outlive this."""
         self._spec = spec
         self._image = image
         self._memory = memory
+        self._regions = regions
         self._on_failed = on_failed
         self._on_lease = on_lease
         self._open = contextlib.ExitStack()
@@ -128,7 +130,7 @@ class GuestDevices:
         self._here = Path(f"/proc/self/fd/{folder}")
         self._add_disks()
         self._add_vsock()
-        mounts = [self._add_mount(number) for number in range(len(spec.mounts))]
+        mounts = [self._add_mount(number, deadline) for number in range(len(spec.mounts))]
         if spec.network:
             self._add_network(deadline)
         self._tell_of_mounts(mounts)
@@ -206,21 +208,38 @@ class GuestDevices:
             raise ConnectionError(f"{self._spec.name}: the socket device is not running")
         return ours
 
-    def _add_mount(self, number: int) -> str:
+    def _add_mount(self, number: int, deadline: float) -> str:
         """Share a directory; what the kernel is told of it."""
         mount, tag = self._spec.mounts[number], f"mount{number}"
         if mount.writable:
             mount.host_path.mkdir(parents=True, exist_ok=True)
-        limits = ShareLimits.of_process(len(self._spec.mounts))
-        share = SharedDirectory(mount.host_path, writable=mount.writable, limits=limits)
+        device = self._share(mount, tag, deadline)
         try:
-            device = VirtioFs(share, tag)
             loop = self._loop(tag)  # its requests wait for the host's disk
         except BaseException:
-            share.close()
+            device.close()
             raise
         self._add(device, loop)
         return mount_argument(tag, mount)
+
+    def _share(self, mount: Mount, tag: str, deadline: float) -> VirtioDevice | VhostDevice:
+        program = self._spec.virtiofsd
+        if program is not None:
+            # Few machines have one, and it is 0.4 MB of a run's process.
+            from voidbus.vm.virtiofsd import Virtiofsd, VirtiofsdDevice
+
+            virtiofsd = Virtiofsd(program, mount, self._here, tag)
+            self._open.callback(virtiofsd.close)
+            self._on_lease(virtiofsd.process.lease)
+            patience = deadline - time.monotonic()
+            return VirtiofsdDevice(virtiofsd, tag, self._memory, self._regions, patience=patience)
+        limits = ShareLimits.of_process(len(self._spec.mounts))
+        share = SharedDirectory(mount.host_path, writable=mount.writable, limits=limits)
+        try:
+            return VirtioFs(share, tag)
+        except BaseException:
+            share.close()
+            raise
 
     def _add_network(self, deadline: float) -> None:
         network = UserNetwork(

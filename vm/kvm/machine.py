@@ -109,7 +109,7 @@ class KvmMachine(ImageMachine):
         ram = Ram(spec.memory_mb << 20)
         self._open.callback(ram.close)
         devices = GuestDevices(
-            spec, image, ram.memory, on_failed=self._fail, on_lease=self._on_lease
+            *(spec, image, ram.memory, ram.shared), on_failed=self._fail, on_lease=self._on_lease
         )
         self._open.callback(devices.close)
         devices.open(deadline)
@@ -137,10 +137,10 @@ class KvmMachine(ImageMachine):
                 files.callback(os.close, opened[-1])
             kernel, initramfs = opened
             line, places = devices.kernel_line, devices.places
-            return load(
-                *(ram, kernel, initramfs, line, self.spec.vcpus, places),
-                lasting=image.name != GIVEN,  # files that are not ours may change any moment
-            )
+            # Files that are not ours may change any moment; and what is mapped for this process
+            # alone, virtiofsd does not see: the kernel uses that memory for other things later.
+            lasting = image.name != GIVEN and (self.spec.virtiofsd is None or not self.spec.mounts)
+            return load(*(ram, kernel, initramfs, line, self.spec.vcpus, places), lasting=lasting)
 
     def _connect_devices(self, machine: VirtualMachine, devices: GuestDevices) -> None:
         for number, (transport, place) in enumerate(

@@ -9,7 +9,7 @@ import mmap
 import os
 from typing import NamedTuple
 
-from voidbus.vm.devices.memory import PAGE, GuestMemory, MemoryRegion
+from voidbus.vm.devices.memory import PAGE, GuestMemory, MemoryRegion, SharedRegion
 
 LOW_END = 0xC000_0000
 """Where memory below 4 GiB ends at the latest. Above are devices, and the APICs' own addresses
@@ -67,6 +67,17 @@ class Ram:
         return tuple(
             Slot(region.address, region.size, region.host_address) for region in self.memory.regions
         )
+
+    @property
+    def shared(self) -> tuple[SharedRegion, ...]:
+        """What another process is to be told of it, to map it too. It sees no file that is mapped
+        privately (``map_file``)."""
+        regions, offset = [], 0
+        for region in self.memory.regions:
+            place = (region.address, region.size, region.host_address)
+            regions.append(SharedRegion(*place, self.fd, offset))
+            offset += region.size
+        return tuple(regions)
 
     def map_file(self, file: int, offset: int, size: int, address: int) -> int:
         """Have whole pages of a file at ``address``, privately: the guest's writes stay its own,
