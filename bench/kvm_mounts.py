@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,8 +30,9 @@ from voidbus.vm.kvm.support import kvm_support
 from voidbus.vm.machine import Machine, Mount
 from voidbus.vm.qemu.machine import QemuMachine
 
-_FOLDERS = (Path(__file__).parents[1] / "build/virtiofsd/bin", Path("/usr/libexec"))
+_FIND = (Path(__file__).parents[1] / "scripts/virtiofsd", "--find")
 _MEGABYTE = 1_000_000
+_OWNER = 1234
 
 
 class Guest:
@@ -70,6 +71,8 @@ def sharing(
     kind: type[Machine], virtiofsd: Path | None, *, size: int, files: int
 ) -> Iterator[Guest]:
     with new_spec(kind.name) as spec, tempfile.TemporaryDirectory(prefix="vb-") as folder:
+        if os.geteuid() == 0:  # virtiofsd serves no writable directory of root's
+            os.chown(folder, _OWNER, _OWNER)
         mounts = (Mount(Path(folder), "/data", writable=True),)
         machine = make(kind, dataclasses.replace(spec, mounts=mounts, virtiofsd=virtiofsd))
         try:
@@ -87,13 +90,12 @@ def main() -> None:
         report.write(options.results)
         return
     size, files, rounds = (2, 20, 1) if options.quick else (64, 1000, 5)
-    places = os.pathsep.join([*map(os.fspath, _FOLDERS), os.environ.get("PATH", "")])
-    program = shutil.which("virtiofsd", path=places)
+    told = subprocess.run(_FIND, capture_output=True, text=True, check=False)
+    program = Path(told.stdout.strip()) if told.returncode == 0 else None
     with contextlib.ExitStack() as stack:
 
-        def guest(kind: type[Machine], virtiofsd: str | None = None) -> Guest:
-            path = None if virtiofsd is None else Path(virtiofsd)
-            return stack.enter_context(sharing(kind, path, size=size, files=files))
+        def guest(kind: type[Machine], virtiofsd: Path | None = None) -> Guest:
+            return stack.enter_context(sharing(kind, virtiofsd, size=size, files=files))
 
         guests = {"kvm": guest(KvmMachine), "qemu": guest(QemuMachine)}
         if program is None:

@@ -135,7 +135,7 @@ def _has_codex() -> bool:
 def _has_virtiofsd() -> bool:
     from virtiofsd import virtiofsd
 
-    return virtiofsd() is not None and shutil.which("unshare") is not None
+    return virtiofsd() is not None
 
 
 def _has_kvm_hardware() -> bool:

@@ -19,13 +19,17 @@ from voidbus.vm.devices.event_loop import READ, EventLoop
 from voidbus.vm.devices.faults import DeviceError
 from voidbus.vm.devices.memory import GuestMemory, SharedRegion
 from voidbus.vm.devices.share_identity import GUEST_GID, GUEST_UID
-from voidbus.vm.devices.shared_directory import MountError, SharedDirectory
+from voidbus.vm.devices.shared_directory import MountError
 from voidbus.vm.devices.unix_listener import listen_unix
 from voidbus.vm.devices.vhost_user_back_end import BackEnd
 from voidbus.vm.devices.vhost_user_device import VhostUserDevice
 from voidbus.vm.devices.virtio_fs import DEVICE_ID, QUEUE_SIZES, configuration
 from voidbus.vm.helper_process import HelperProcess
 from voidbus.vm.machine import Mount
+
+_GRACE_SECONDS = 0.25
+"""How long it may take to end with its machine. What it does not finish, its guest has not been
+told of."""
 
 _ALL_IDS = 0xFFFF_FFFF
 """How many ids a guest may have: all but the one that is none (-1)."""
@@ -34,11 +38,13 @@ _ALL_IDS = 0xFFFF_FFFF
 class Virtiofsd:
     """One virtiofsd, its directory, and our end of its connection."""
 
-    def __init__(self, program: Path, mount: Mount, folder: Path, tag: str) -> None:
-        """Start it; ``folder`` is where a socket may be made. It is not waited for. MountError for
-        a directory that can't be shared, or where it can't be started."""
+    def __init__(
+        self, program: Path, mount: Mount, owner: tuple[int, int], folder: Path, tag: str
+    ) -> None:
+        """Start it, to act as ``owner``, uid and gid; ``folder`` is where a socket may be made. It
+        is not waited for. MountError where it can't be started."""
         self.directory = mount.host_path
-        uid, gid = _checked(mount)
+        uid, gid = owner
         self.socket = socket.socket(socket.AF_UNIX)
         try:
             with _connected(self.socket, folder / f"{tag}.vhost") as listener:
@@ -47,17 +53,19 @@ class Virtiofsd:
                 self.process = HelperProcess(command, [listener.fileno()])
         except (OSError, ValueError) as error:
             self.socket.close()
-            raise MountError(f"{self.directory} can't be shared by {program}: {error}") from error
+            raise MountError(
+                f"{self.directory} can't be shared: virtiofsd can't be started: {error}. It takes "
+                "setpriv and unshare (of util-linux); or leave machines.virtiofsd unset."
+            ) from error
 
     def ending(self) -> str:
-        """How it has ended; it is ended for this where it has not."""
-        self.socket.close()
+        """How it has ended, its connection over; it is killed for this where it has not."""
         return f"virtiofsd, which served {self.directory}: {self.process.close()}"
 
     def close(self) -> None:
         """End it. Again is fine."""
         self.socket.close()
-        self.process.close()
+        self.process.close(_GRACE_SECONDS)
 
 
 class VirtiofsdDevice(VhostUserDevice):
@@ -74,7 +82,8 @@ class VirtiofsdDevice(VhostUserDevice):
         *,
         patience: float,
     ) -> None:
-        """``tag`` is what the guest mounts; ``virtiofsd`` is the caller's and outlives this. Waits
+        """``tag`` is what the guest mounts; ``virtiofsd`` is the caller's and outlives this, but
+        that its socket is this device's from now on. Waits
         for its first answer, ``patience`` seconds at most. Raises MountError, with what it
         said."""
         self._virtiofsd = virtiofsd
@@ -103,14 +112,6 @@ class VirtiofsdDevice(VhostUserDevice):
         # What it says at a guest's behest must not fill the pipe, nor anything else.
         if not self._virtiofsd.process.read_stderr():
             loop.unwatch(self._virtiofsd.process.stderr)
-
-
-def _checked(mount: Mount) -> tuple[int, int]:
-    """Whom the share acts as, uid and gid, if it is one that a guest may have. Raises
-    MountError."""
-    share = SharedDirectory(mount.host_path, writable=mount.writable)
-    with contextlib.closing(share):
-        return share.owner
 
 
 @contextlib.contextmanager

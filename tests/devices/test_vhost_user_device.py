@@ -34,6 +34,7 @@ from voidbus.vm.devices.vhost_user_messages import (
 )
 
 SIZE = 16
+LAST_RING = 1
 
 
 class ServedElsewhere(VhostUserDevice):
@@ -50,7 +51,7 @@ def device(
         (64, 64),
         BackEnd(sock, answer_seconds),
         memory,
-        ram.shared(memory),
+        ram.shared,
         ending=lambda: "exit code 7",
         patience=answer_seconds,
     )
@@ -148,6 +149,29 @@ def test_the_end_of_the_machine_is_the_end_of_the_connection(rig: Rig) -> None:
     assert not rig.driver.failures
 
 
+def test_who_waits_for_an_answer_when_the_machine_ends_waits_no_longer(ram: GuestRam) -> None:
+    asked = threading.Event()
+    with contextlib.ExitStack() as stack:
+        answer = but(Request.SET_MEM_TABLE, lambda _: asked.set())
+        liar = stack.enter_context(lying(answer))
+        memory = ram.memory()
+        stack.callback(memory.close)
+        made = device(liar.ours, memory, ram, answer_seconds=1000 * WAIT)
+        driver = MmioDriver(made, ram)
+        queues = [DriverQueue(ram, SIZE) for _ in range(2)]
+        for each in queues:
+            stack.callback(each.close)
+        starting = threading.Thread(target=lambda: driver.start(queues))
+        starting.start()
+        assert asked.wait(WAIT)
+        made.hang_up()
+        driver.close()
+        starting.join(WAIT)
+        assert not starting.is_alive()
+        assert liar.was_left()
+        assert Request.SET_VRING_KICK not in liar.asked, "no descriptor goes out after that"
+
+
 # -- a back end that fails ----------------------------------------------------------------
 
 
@@ -222,10 +246,22 @@ class Liar:
                 if answer is not None:
                     self._theirs.sendall(answer)
 
+    def say(self, data: bytes) -> bool:
+        """Whether somebody still hears it."""
+        try:
+            self._theirs.sendall(data)
+        except OSError:
+            return False
+        return True
+
+    def was_left(self) -> bool:
+        """Whether the connection ends."""
+        self._thread.join(WAIT)
+        return not self._thread.is_alive()
+
     def close(self) -> None:
         self.ours.close()
-        self._thread.join(WAIT)
-        assert not self._thread.is_alive()
+        assert self.was_left()
 
 
 @contextlib.contextmanager
@@ -293,7 +329,7 @@ def test_a_back_end_that_can_not_serve_is_refused_with_what_it_lacks(
             device(liar.ours, memory, ram)
         assert str(caught.value).startswith(f"vhost-user: {message}")
         assert str(caught.value).endswith(" (exit code 7)")
-        assert liar.ours.fileno() == -1, "the connection is closed"
+        assert liar.was_left()
 
 
 def test_a_back_end_that_does_not_answer_is_given_up(ram: GuestRam) -> None:
@@ -303,14 +339,24 @@ def test_a_back_end_that_does_not_answer_is_given_up(ram: GuestRam) -> None:
         device(liar.ours, memory, ram, answer_seconds=0.01)
 
 
-def test_a_back_end_that_answers_in_part_has_no_more_time_than_another(
+def test_a_back_end_that_answers_byte_by_byte_has_no_more_time_than_another(
     ram: GuestRam,
 ) -> None:
     memory = ram.memory()
+    pause = threading.Event()
+    heard = []
+
+    def drip(_: bytes) -> bytes:
+        """Bytes of the answer, one after the other, each well before a wait for one is over."""
+        for byte in number(1, F_PROTOCOL_FEATURES | RING_FEATURES):
+            heard.append(liar.say(bytes([byte])))
+            pause.wait(0.04)
+        return b""
+
     late = pytest.raises(DeviceError, match=r"message GET_FEATURES: no answer in time")
-    part = but(Request.GET_FEATURES, lambda _: b"\x01")
-    with lying(part) as liar, contextlib.closing(memory), late:
-        device(liar.ours, memory, ram, answer_seconds=0.05)
+    with lying(but(Request.GET_FEATURES, drip)) as liar, contextlib.closing(memory), late:
+        device(liar.ours, memory, ram, answer_seconds=0.1)
+    assert not all(heard)
 
 
 RINGS: dict[str, tuple[Answer, str]] = {
@@ -323,8 +369,11 @@ RINGS: dict[str, tuple[Answer, str]] = {
         "it refused message SET_VRING_KICK",
     ),
     "speaks unasked": (
-        but(Request.SET_VRING_ENABLE, lambda _: number(18, 0) + number(18, 0)),
-        "it answered ",
+        but(
+            Request.SET_VRING_ENABLE,
+            lambda ring: number(18, 0) * (2 if ring[0] == LAST_RING else 1),
+        ),
+        "the back end has gone, or speaks unasked",
     ),
 }
 
@@ -405,5 +454,6 @@ def test_whatever_a_back_end_answers_ends_the_device_at_worst(
             stack.callback(each.close)
         driver.start(queues)
         driver.write(0x70, 0)
+        driver.loop.close()  # with whatever it has to say
         assert len(driver.failures) <= 1
         assert all(reason.startswith("vhost-user: ") for reason in driver.failures)

@@ -15,7 +15,7 @@ import pytest
 from fuse_kit import FuseClient, errno_of
 from mmio_driver import MmioDriver
 from virtio_driver import WAIT, DriverQueue, GuestRam, guest_ram
-from virtiofsd import virtiofsd
+from virtiofsd import OWNER, owned_directory, virtiofsd
 
 from voidbus.vm.devices.shared_directory import MountError
 from voidbus.vm.devices.virtio_fs import configuration
@@ -24,7 +24,11 @@ from voidbus.vm.machine import Mount
 from voidbus.vm.virtiofsd import Virtiofsd, VirtiofsdDevice
 
 SIZE = 64
-OWNER = 1234
+
+
+def owner_of(mount: Mount) -> tuple[int, int]:
+    status = mount.host_path.stat()
+    return status.st_uid, status.st_gid
 
 
 class Shared:
@@ -35,14 +39,12 @@ class Shared:
     ) -> None:
         program = virtiofsd()
         assert program is not None
-        self.virtiofsd = Virtiofsd(program, mount, folder, "mount0")
+        self.virtiofsd = Virtiofsd(program, mount, owner_of(mount), folder, "mount0")
         stack.callback(self.virtiofsd.close)
         memory = ram.memory()
         stack.callback(memory.close)
-        device = VirtiofsdDevice(
-            self.virtiofsd, "mount0", memory, ram.shared(memory), patience=WAIT
-        )
-        self.driver = MmioDriver(device, ram)
+        self.device = VirtiofsdDevice(self.virtiofsd, "mount0", memory, ram.shared, patience=WAIT)
+        self.driver = MmioDriver(self.device, ram)
         stack.callback(self.driver.close)
         first, self._requests = DriverQueue(ram, SIZE), DriverQueue(ram, SIZE)
         for queue in (first, self._requests):
@@ -78,15 +80,9 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Path:
-    """A directory to share. Its owner is not root, where root runs this."""
-    made = tmp_path / "host"
-    made.mkdir()
-    if os.geteuid() == 0:
-        for folder in (tmp_path, *tmp_path.parents[:-2]):
-            folder.chmod(folder.stat().st_mode | 0o011)  # the owner has to reach it
-        os.chown(made, OWNER, OWNER)
-    return made
+def host() -> Iterator[Path]:
+    with owned_directory() as made:
+        yield made
 
 
 @pytest.fixture
@@ -100,6 +96,20 @@ def share(
     host: Path, folder: Path, ram: GuestRam, stack: contextlib.ExitStack, *, writable: bool = True
 ) -> Shared:
     return Shared(Mount(host, "/mnt", writable=writable), folder, ram, stack)
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """proc_pid_status(5)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def runs(pid: int) -> bool:
+    """Whether it is there, and not only to be waited for by init."""
+    try:
+        return status_of(pid)["State"][0] != "Z"
+    except OSError:
+        return False
 
 
 def put(path: Path, text: str) -> None:
@@ -175,11 +185,13 @@ def test_a_directory_of_root_is_served_without_roots_capabilities(
     put(host / "anothers", "secret")
     os.chown(host / "anothers", OWNER, OWNER)
     (host / "anothers").chmod(0o600)
-    client = share(host, folder, ram, stack).client
-    client.put(1, b"f", b"x")
-    assert (host / "f").stat().st_uid == 0
+    put(host / "own", "x")
+    shared = share(host, folder, ram, stack, writable=False)
+    client = shared.client
+    assert client.content(client.walk("own").node) == b"x"
     assert errno_of(client.open, client.walk("anothers").node) == "EACCES"
-    assert errno_of(client.mknod, 1, b"null", stat.S_IFCHR | 0o666, 0x103) == "EPERM"
+    outer, serving = map(status_of, shared.processes)
+    assert outer["CapEff"] == outer["CapBnd"] == serving["CapBnd"] == "0" * 16
 
 
 @needs_virtiofsd
@@ -202,15 +214,17 @@ def test_it_is_in_namespaces_of_its_own_and_holds_nothing_of_ours(
     stack.callback(os.close, secret)
     os.set_inheritable(secret, True)
     shared = share(host, folder, ram, stack)
-    serving = shared.processes[-1]
+    outer, serving = shared.processes
     for kind in ("user", "mnt", "pid", "net"):
         theirs, ours = (Path(f"/proc/{who}/ns/{kind}").readlink() for who in (serving, "self"))
         assert theirs != ours, kind
-    lines = Path(f"/proc/{serving}/status").read_text().splitlines()
-    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    assert status["NoNewPrivs"] == "1"
-    assert status["Seccomp"] == "2"
-    assert status["Uid"].split()[0] == str(host.stat().st_uid)
+    for status in map(status_of, shared.processes):
+        assert status["NoNewPrivs"] == "1"
+        assert status["Uid"].split()[0] == str(host.stat().st_uid)
+        if os.geteuid() == 0:
+            assert status["Groups"].split() == []
+    assert status_of(serving)["Seccomp"] == "2"
+    assert status_of(outer)["CapEff"] == "0" * 16
     held = {path.readlink() for path in Path(f"/proc/{serving}/fd").iterdir()}
     assert folder not in held
     assert list(folder.iterdir()) == [], "the socket's path is gone"
@@ -225,8 +239,7 @@ def test_it_ends_with_the_machine(
     assert len(processes) == 2
     shared.driver.close()
     shared.virtiofsd.close()
-    for pid in processes:
-        assert not Path(f"/proc/{pid}").exists()
+    assert not any(map(runs, processes))
     assert not shared.driver.failures
 
 
@@ -260,6 +273,20 @@ def test_a_driver_that_resets_may_begin_another_session(
     assert not shared.driver.failures
 
 
+@needs_virtiofsd
+def test_the_end_waits_for_no_virtiofsd_that_is_stopped(
+    host: Path, folder: Path, ram: GuestRam, stack: contextlib.ExitStack
+) -> None:
+    shared = share(host, folder, ram, stack)
+    processes = shared.processes
+    os.kill(processes[-1], signal.SIGSTOP)
+    shared.device.hang_up()
+    shared.driver.close()
+    assert not shared.driver.failures
+    shared.virtiofsd.close()
+    assert not any(map(runs, processes))
+
+
 # -- what can't be shared -----------------------------------------------------------------
 
 
@@ -273,15 +300,16 @@ def failing(folder: Path, text: str) -> Path:
 def refusal(program: Path, mount: Mount, folder: Path, ram: GuestRam) -> str:
     def start() -> None:
         with contextlib.closing(ram.memory()) as memory:
-            started = Virtiofsd(program, mount, folder, "mount0")
+            started = Virtiofsd(program, mount, owner_of(mount), folder, "mount0")
             with contextlib.closing(started):
-                VirtiofsdDevice(started, "mount0", memory, ram.shared(memory), patience=WAIT)
+                VirtiofsdDevice(started, "mount0", memory, ram.shared, patience=WAIT)
 
     with pytest.raises(MountError) as caught:
         start()
     return str(caught.value)
 
 
+@needs_virtiofsd
 def test_a_program_that_is_missing_is_named(
     host: Path, folder: Path, ram: GuestRam, tmp_path: Path
 ) -> None:
@@ -291,23 +319,24 @@ def test_a_program_that_is_missing_is_named(
     assert "or leave machines.virtiofsd unset" in said
 
 
+@needs_virtiofsd
 def test_a_program_that_refuses_our_options_is_told_with_its_words(
-    host: Path, folder: Path, ram: GuestRam, tmp_path: Path
+    host: Path, folder: Path, ram: GuestRam
 ) -> None:
-    program = failing(tmp_path, "echo 'unknown option --translate-uid' >&2; exit 2")
+    program = failing(host.parent, "echo 'unknown option --translate-uid' >&2; exit 2")
     said = refusal(program, Mount(host, "/mnt"), folder, ram)
     assert "exit code 2; unknown option --translate-uid" in said
     assert "It takes virtiofsd 1.13 or later" in said
 
 
-def test_a_directory_that_is_missing_is_named(folder: Path, ram: GuestRam, tmp_path: Path) -> None:
-    said = refusal(Path("/bin/true"), Mount(tmp_path / "missing", "/mnt"), folder, ram)
-    assert f"{tmp_path}/missing" in said
-
-
-def test_a_file_system_of_the_kernel_is_not_shared(folder: Path, ram: GuestRam) -> None:
-    said = refusal(Path("/bin/true"), Mount(Path("/proc/sys"), "/mnt"), folder, ram)
-    assert "it is on procfs" in said
+def test_a_host_without_the_programs_that_seal_it_is_told_which(
+    host: Path, folder: Path, ram: GuestRam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "defpath", str(folder))
+    monkeypatch.setenv("PATH", str(folder))
+    said = refusal(Path("/bin/true"), Mount(host, "/mnt"), folder, ram)
+    assert "'setpriv'" in said
+    assert "It takes setpriv and unshare (of util-linux)" in said
 
 
 def test_a_socket_path_that_is_too_long_is_told(host: Path, ram: GuestRam, tmp_path: Path) -> None:
@@ -320,13 +349,20 @@ def test_the_configuration_is_the_one_of_our_own_device() -> None:
     assert configuration("mount0") == b"mount0".ljust(36, b"\0") + b"\1\0\0\0"
 
 
-def test_a_helper_that_does_not_end_is_killed_and_told(
-    host: Path, folder: Path, tmp_path: Path
+@needs_virtiofsd
+def test_what_a_program_has_started_ends_with_it_whatever_it_ignores(
+    host: Path, folder: Path
 ) -> None:
-    program = failing(tmp_path, "trap '' TERM; echo up >&2; while :; do sleep 1; done")
-    started = Virtiofsd(program, Mount(host, "/mnt"), folder, "mount0")
+    script = "trap '' TERM; (trap '' TERM; echo up >&2; while :; do sleep 1; done) & wait"
+    mount = Mount(host, "/mnt")
+    started = Virtiofsd(failing(host.parent, script), mount, owner_of(mount), folder, "mount0")
     assert readable(started.process.stderr, WAIT)
+    children = [lease.pid for lease in started.process.children() if lease.pid is not None]
+    processes = [started.process.pid, *children]
+    assert len(processes) == 2
+    started.socket.close()
     assert started.ending().endswith("was killed by SIGKILL; up")
+    assert not any(map(runs, processes))
 
 
 @needs_virtiofsd

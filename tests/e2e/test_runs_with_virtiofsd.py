@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from patience import SLOW
 from supervisor_kit import Client, Supervisor, running_supervisor
-from virtiofsd import virtiofsd
+from virtiofsd import owned_directory, virtiofsd
 from vm_kit import BOOT_PATIENCE, ends, leftovers, machine_processes, vm_workflow
 
 from voidbus.actors.messages.runs import RunStatus
@@ -42,10 +42,16 @@ def serving(folder: Path) -> set[int]:
     return found
 
 
+@pytest.fixture
+def wanted() -> Iterator[Path]:
+    with owned_directory() as made:
+        yield made
+
+
 def test_a_run_reads_and_writes_its_directories(
-    supervisor: Supervisor, client: Client, tmp_path: Path
+    supervisor: Supervisor, client: Client, tmp_path: Path, wanted: Path
 ) -> None:
-    given, wanted = tmp_path / "given", tmp_path / "wanted"
+    given = tmp_path / "given"
     given.mkdir()
     (given / "in.txt").write_text("from the host")
     script = "cp /data/in.txt /out/out.txt && ! touch /data/no 2>/dev/null && echo up && sleep 600"

@@ -50,10 +50,10 @@ class GuestRam:
         """A device's view of it. The caller closes it."""
         return GuestMemory([MemoryRegion.map(self.fd, 0, self.size, self.address)])
 
-    def shared(self, memory: GuestMemory) -> tuple[SharedRegion, ...]:
-        """What another process is to be told of it, with the addresses of that view."""
-        (region,) = memory.regions
-        return (SharedRegion(self.address, self.size, region.host_address, self.fd, 0),)
+    @property
+    def shared(self) -> tuple[SharedRegion, ...]:
+        """What another process is to be told of it."""
+        return (SharedRegion(self.address, self.size, self.fd, 0),)
 
     def alloc(self, size: int, alignment: int = 16) -> int:
         """A guest physical address of ``size`` bytes nobody else has."""

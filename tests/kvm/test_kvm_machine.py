@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import stat
 import threading
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from machine_kit import (
     shell,
 )
 from mount_kit import MountConformance
-from virtiofsd import virtiofsd
+from virtiofsd import owned_directory, virtiofsd
 from watch_kit import FileWatchConformance
 
 from voidbus.vm.image.cpio import directory, write_archive
@@ -163,12 +164,30 @@ class TestKvmMachineWithVirtiofsd(MountConformance):
             said = run(channel, "sha256sum", "/data/large", timeout=240).stdout
             assert said.split()[0].decode() == digest.hexdigest()
 
-    def test_a_guest_writes_as_the_directorys_owner(self, make: MakeGuest, tmp_path: Path) -> None:
-        host = tmp_path / "shared"
-        guest = make(mounts=(Mount(host, "/data", writable=True),)).start()
-        said = shell(guest.channel, "echo x >/data/f; stat -c '%u %a' /data /data/f").result()
-        assert said.stdout == b"1000 755\n1000 644\n"
-        assert (host / "f").stat().st_uid == host.stat().st_uid
+    def test_a_guest_writes_as_the_directorys_owner(self, make: MakeGuest) -> None:
+        with owned_directory() as host:
+            before = living()
+            guest = make(mounts=(Mount(host, "/data", writable=True),)).start()
+            assert len(living() - before) == 2
+            script = "mkdir /data/d; echo x >/data/d/f; stat -c '%u %a' /data /data/d/f"
+            said = shell(guest.channel, script).result()
+            assert said.stdout == b"1000 755\n1000 644\n"
+            guest.channel.write_file("/data/d/g", b"by request", WAIT)
+            assert (host / "d/g").read_bytes() == b"by request"
+            assert (host / "d/f").stat().st_uid == (host / "d/g").stat().st_uid
+            assert (host / "d/f").stat().st_uid == host.stat().st_uid
+            guest.machine.close()
+
+    @pytest.mark.needs("root")
+    def test_a_writable_directory_of_roots_is_left_to_our_own_device(
+        self, make: MakeGuest, tmp_path: Path
+    ) -> None:
+        before = living()
+        guest = make(mounts=(Mount(tmp_path, "/data", writable=True),)).start()
+        assert living() == before
+        script = "echo x >/data/f; chmod u+s /data/f; ls /data/f"
+        assert shell(guest.channel, script).result().exit_code == 0
+        assert not (tmp_path / "f").stat().st_mode & stat.S_ISUID
 
     def test_nothing_of_it_outlives_the_machine(self, make: MakeGuest, tmp_path: Path) -> None:
         before = living()

@@ -31,9 +31,9 @@ class Device(ABC):
     ``attach`` once; then for every driver ``negotiated``, the start of each queue the driver uses
     (not always all of them), ``queue_stopped``, and ``reset``; at last ``close``.
 
-    Nothing here may wait. An exception from any of these ends the device, and with it the
-    machine: a DeviceError (QueueError, GuestMemoryError) with its text as the reason; any other is
-    a defect of ours.
+    Nothing here may wait, but for a device that has a loop of its own. An exception from any of
+    these ends the device, and with it the machine: a DeviceError (QueueError, GuestMemoryError)
+    with its text as the reason; any other is a defect of ours.
 
     Descriptors of the host: a device registers them with the loop it was attached to
     (``loop.watch``), and unregisters and closes them in ``reset`` or ``close``. Threads of a
@@ -106,7 +106,8 @@ class Ring:
     interrupt: int
 
     def host_addresses(self, memory: GuestMemory) -> RingAddresses:
-        """Where its areas are in this process, each of them whole. Raises GuestMemoryError."""
+        """Where its areas are in this process, each of them whole in one region of memory. Raises
+        GuestMemoryError."""
         # With what the event indices take (virtio 1.2, 2.7.6 and 2.7.8).
         return RingAddresses(
             memory.host_address(self.addresses.descriptors, 16 * self.size),

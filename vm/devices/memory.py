@@ -73,11 +73,10 @@ class MemoryRegion:
 
 class SharedRegion(NamedTuple):
     """A region for another process to map: ``size`` bytes of guest memory from ``address`` on are
-    those of ``file`` from ``offset`` on, and at ``host_address`` in this process."""
+    those of ``file`` from ``offset`` on."""
 
     address: int
     size: int
-    host_address: int
     file: int
     offset: int
 
@@ -133,8 +132,8 @@ class GuestMemory:
         return pieces
 
     def host_address(self, address: int, size: int) -> int:
-        """Where ``size`` bytes that lie in one region are in this process, for whoever maps it by
-        such addresses (vhost, vhost-user)."""
+        """Where ``size`` bytes that lie in one region are in this process, for whoever knows it by
+        such addresses (vhost)."""
         for region in self._regions:
             offset = address - region.address
             if offset >= 0 and offset + size <= region.size:

@@ -21,6 +21,7 @@ from voidbus.vm.devices.memory import GuestMemory, SharedRegion
 from voidbus.vm.devices.network_card import NetworkCard
 from voidbus.vm.devices.share_nodes import ShareLimits
 from voidbus.vm.devices.shared_directory import SharedDirectory
+from voidbus.vm.devices.vhost_user_device import VhostUserDevice
 from voidbus.vm.devices.vhost_vsock import VhostVsock
 from voidbus.vm.devices.virtio_fs import VirtioFs
 from voidbus.vm.devices.virtio_mmio import REGISTERS_BYTES, VirtioMmio
@@ -40,6 +41,7 @@ from voidbus.vm.network.addresses import GATEWAY, MAC, MTU
 from voidbus.vm.network.rules import NetworkRules
 from voidbus.vm.network.user_network import UserNetwork
 from voidbus.vm.root_disks import disk_name, root_disks
+from voidbus.vm.virtiofsd import Virtiofsd, VirtiofsdDevice
 
 GUEST_CID = 3
 """The guest's vsock address: each machine has a vsock of its own, so the first free one does."""
@@ -60,6 +62,9 @@ NOT_THERE = (
     "i8042.noaux",
 )
 """What the kernel would look for (admin-guide/kernel-parameters.rst)."""
+
+GREETING_SECONDS = 10.0
+"""How long virtiofsd may take from its start to its first answer; it takes 5 ms."""
 
 _FINAL = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -97,6 +102,7 @@ class GuestDevices:
         self._network: UserNetwork | None = None
         self._here: Path
         self._disks = 0
+        self._served_elsewhere: list[VhostUserDevice] = []
         self._arguments: list[str] = []
         self.transports: list[VirtioMmio] = []
         """The devices, in the order of their addresses and lines."""
@@ -150,8 +156,14 @@ class GuestDevices:
 
     def stop(self) -> None:
         """End their threads. A guest that still runs finds devices that do nothing any more."""
+        self._hang_up()
         for loop in self._loops:
             loop.close()
+
+    def _hang_up(self) -> None:
+        """Before their loops are ended, which may wait for an answer; and all at once."""
+        for device in self._served_elsewhere:
+            device.hang_up()
 
     # -- each kind ------------------------------------------------------------------------
 
@@ -220,26 +232,36 @@ class GuestDevices:
             device.close()
             raise
         self._add(device, loop)
+        if isinstance(device, VhostUserDevice):
+            self._served_elsewhere.append(device)
         return mount_argument(tag, mount)
 
     def _share(self, mount: Mount, tag: str, deadline: float) -> VirtioDevice | VhostDevice:
         program = self._spec.virtiofsd
-        if program is not None:
-            # Few machines have one, and it is 0.4 MB of a run's process.
-            from voidbus.vm.virtiofsd import Virtiofsd, VirtiofsdDevice
-
-            virtiofsd = Virtiofsd(program, mount, self._here, tag)
-            self._open.callback(virtiofsd.close)
-            self._on_lease(virtiofsd.process.lease)
-            patience = deadline - time.monotonic()
-            return VirtiofsdDevice(virtiofsd, tag, self._memory, self._regions, patience=patience)
         limits = ShareLimits.of_process(len(self._spec.mounts))
         share = SharedDirectory(mount.host_path, writable=mount.writable, limits=limits)
         try:
-            return VirtioFs(share, tag)
+            # It lets a guest set any bit of a mode: to root's files, that of a set-uid program.
+            if program is None or (mount.writable and share.owner[0] == 0):
+                return VirtioFs(share, tag)
+            owner = share.owner
         except BaseException:
             share.close()
             raise
+        share.close()  # which has looked whether it may be shared
+        return self._share_elsewhere(program, mount, owner, tag, deadline)
+
+    def _share_elsewhere(
+        self, program: Path, mount: Mount, owner: tuple[int, int], tag: str, deadline: float
+    ) -> VhostUserDevice:
+        virtiofsd = Virtiofsd(program, mount, owner, self._here, tag)
+        self._open.callback(virtiofsd.close)
+        self._on_lease(virtiofsd.process.lease)
+        patience = min(deadline - time.monotonic(), GREETING_SECONDS)
+        device = VirtiofsdDevice(virtiofsd, tag, self._memory, self._regions, patience=patience)
+        for lease in virtiofsd.process.children():  # the one in its namespaces, which serves
+            self._on_lease(lease)
+        return device
 
     def _add_network(self, deadline: float) -> None:
         network = UserNetwork(
@@ -303,4 +325,5 @@ class GuestDevices:
     def close(self) -> None:
         """End their threads and close everything, last first; no vCPU runs any more. Again is
         fine."""
+        self._hang_up()
         self._open.close()

@@ -74,8 +74,7 @@ class Ram:
         privately (``map_file``)."""
         regions, offset = [], 0
         for region in self.memory.regions:
-            place = (region.address, region.size, region.host_address)
-            regions.append(SharedRegion(*place, self.fd, offset))
+            regions.append(SharedRegion(region.address, region.size, self.fd, offset))
             offset += region.size
         return tuple(regions)
 
