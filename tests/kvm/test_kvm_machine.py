@@ -167,12 +167,12 @@ class TestKvmMachineWithVirtiofsd(MountConformance):
     def test_a_guest_writes_as_the_directorys_owner(self, make: MakeGuest) -> None:
         with owned_directory() as host:
             before = living()
-            guest = make(mounts=(Mount(host, "/data", writable=True),)).start()
+            guest = make(mounts=(Mount(host, "/workspace/data", writable=True),)).start()
             assert len(living() - before) == 2
-            script = "mkdir /data/d; echo x >/data/d/f; stat -c '%u %a' /data /data/d/f"
+            script = "cd /workspace/data; mkdir d; echo x >d/f; stat -c '%u %a' . d/f"
             said = shell(guest.channel, script).result()
             assert said.stdout == b"1000 755\n1000 644\n"
-            guest.channel.write_file("/data/d/g", b"by request", WAIT)
+            guest.channel.write_file("/workspace/data/d/g", b"by request", WAIT)
             assert (host / "d/g").read_bytes() == b"by request"
             assert (host / "d/f").stat().st_uid == (host / "d/g").stat().st_uid
             assert (host / "d/f").stat().st_uid == host.stat().st_uid
