@@ -89,7 +89,7 @@ def main() -> None:
     if not support.works or not machines_work(report):
         report.write(options.results)
         return
-    size, files, rounds = (2, 20, 1) if options.quick else (64, 1000, 5)
+    size, files, rounds = (2, 20, 1) if options.quick else (64, 500, 5)
     told = subprocess.run(_FIND, capture_output=True, text=True, check=False)
     program = Path(told.stdout.strip()) if told.returncode == 0 else None
     with contextlib.ExitStack() as stack:
