@@ -83,9 +83,8 @@ class VirtiofsdDevice(VhostUserDevice):
         patience: float,
     ) -> None:
         """``tag`` is what the guest mounts; ``virtiofsd`` is the caller's and outlives this, but
-        that its socket is this device's from now on. Waits
-        for its first answer, ``patience`` seconds at most. Raises MountError, with what it
-        said."""
+        its socket is this device's from now on. Waits for its greeting, ``patience`` seconds at
+        most. Raises MountError, with what it said."""
         self._virtiofsd = virtiofsd
         try:
             super().__init__(

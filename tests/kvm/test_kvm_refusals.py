@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +61,22 @@ def test_a_mounted_directory_that_is_not_there(make: MakeGuest, tmp_path: Path) 
 def test_one_mount_too_many(make: MakeGuest, tmp_path: Path) -> None:
     mounts = long_mounts(tmp_path / "given", MAX_DEVICES - 2)
     refused(make(mounts=mounts), "20 devices, but a machine has room for 19; mount")
+
+
+@pytest.mark.parametrize("which", range(1, 13))
+def test_descriptors_that_run_out_at_any_device(
+    make: MakeGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    numbers, real = itertools.count(1), os.eventfd
+
+    def eventfd(initial: int, flags: int) -> int:
+        if next(numbers) == which:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(initial, flags)
+
+    guest = make(mounts=(Mount(tmp_path, "/data"),))
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    refused(guest, "it could not be made: .*Too many open files")
 
 
 def test_a_line_that_is_too_long_for_a_guest_of_others(make: MakeGuest, tmp_path: Path) -> None:

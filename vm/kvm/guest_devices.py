@@ -174,7 +174,12 @@ class GuestDevices:
         return loop
 
     def _add(self, device: VirtioDevice | VhostDevice, loop: EventLoop) -> None:
-        transport = VirtioMmio(device, self._memory, loop)
+        """Have a device, and close it at the end or where it can't be had."""
+        try:
+            transport = VirtioMmio(device, self._memory, loop)
+        except BaseException:
+            device.close()
+            raise
         self._open.callback(transport.close)
         transport.attach()
         # Closed in reverse: the loop's end before the transport's, which has no more to lose.
@@ -225,12 +230,8 @@ class GuestDevices:
         mount, tag = self._spec.mounts[number], f"mount{number}"
         if mount.writable:
             mount.host_path.mkdir(parents=True, exist_ok=True)
+        loop = self._loop(tag)  # of its own: requests wait for the host's disk
         device = self._share(mount, tag, deadline)
-        try:
-            loop = self._loop(tag)  # its requests wait for the host's disk
-        except BaseException:
-            device.close()
-            raise
         self._add(device, loop)
         if isinstance(device, VhostUserDevice):
             self._served_elsewhere.append(device)
