@@ -114,6 +114,7 @@ class SupervisorProcess:
         """
         with contextlib.ExitStack() as stack:
             state_dir = Path(self.config.state_dir)
+            _require_program(self.config)
             lock = StateLock(state_dir)
             stack.callback(lock.release)
             try:
@@ -124,6 +125,16 @@ class SupervisorProcess:
                 raise SupervisorError(str(error)) from error
             stack.callback(api.close)
             return _Tree(self.config, state_dir, sockets, remote, api, stack).run()
+
+
+def _require_program(config: SupervisorConfig) -> None:
+    """Raises SupervisorError where a program is named that machines could not have."""
+    program = config.machines.virtiofsd
+    if program is not None and not (program.is_file() and os.access(program, os.X_OK)):
+        raise SupervisorError(
+            f"machines.virtiofsd: {program} is no program that this user may run; install "
+            "virtiofsd 1.13 or later and name it, or leave it unset"
+        )
 
 
 def _remote(config: SupervisorConfig, state_dir: Path) -> Endpoints | None:

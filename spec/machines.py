@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from voidbus.spec.model import ConfigModel, PathText
 
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
-        raise ValueError(f"{path} is no absolute path")
+        raise PydanticCustomError("path", "it must be an absolute path")
     return path
 
 

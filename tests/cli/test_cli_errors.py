@@ -33,6 +33,35 @@ def test_without_a_supervisor_commands_exit_with_3_and_say_how_to_start_one(
         assert len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("made", [None, 0o644])
+def test_a_supervisor_whose_virtiofsd_is_no_program_does_not_start_and_says_so(
+    voidbus: Voidbus,
+    state: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made: int | None,
+) -> None:
+    program = tmp_path / "virtiofsd"
+    if made is not None:
+        program.touch(mode=made)
+    monkeypatch.setenv("VOIDBUS_MACHINES__VIRTIOFSD", str(program))
+    result = voidbus("serve", "--listen", "off")
+    assert result.code == 1
+    assert f"machines.virtiofsd: {program} is no program" in result.err
+    assert "install virtiofsd 1.13 or later" in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not state.exists()
+
+
+def test_a_virtiofsd_that_is_no_absolute_path_is_a_mistake_in_the_configuration(
+    voidbus: Voidbus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOIDBUS_MACHINES__VIRTIOFSD", "virtiofsd")
+    result = voidbus("serve", "--listen", "off")
+    assert result.code == 2
+    assert "machines.virtiofsd: it must be an absolute path (found 'virtiofsd')" in result.err
+
+
 def test_the_record_of_a_supervisor_that_ended_is_not_believed(
     voidbus: Voidbus, state: Path, supervisor: FakeSupervisor
 ) -> None:
