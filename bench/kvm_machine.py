@@ -32,6 +32,7 @@ from kit.machines import (
     START_SECONDS,
     TimedStart,
     execute,
+    kvm_machines_work,
     machines_work,
     make,
     new_spec,
@@ -44,7 +45,6 @@ from peers import firecracker
 from voidbus.vm.channel import GuestChannel
 from voidbus.vm.devices.vhost_vsock import VHOST_VSOCK
 from voidbus.vm.kvm.machine import KvmMachine
-from voidbus.vm.kvm.support import kvm_support
 from voidbus.vm.machine import Machine
 from voidbus.vm.qemu.machine import QemuMachine
 
@@ -196,10 +196,7 @@ def transfers(report: Report, rounds: int, size: int) -> None:
 
 def main() -> None:
     report, options = start_report(__file__, __doc__)
-    support = kvm_support()
-    if not support.works:
-        report.leave_out("machines of KVM", support.detail)
-    if not support.works or not machines_work(report):
+    if not kvm_machines_work(report) or not machines_work(report):
         report.write(options.results)
         return
     starts, qemus = Starts(), OtherStarts(QemuMachine)

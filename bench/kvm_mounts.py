@@ -21,12 +21,18 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from kit.machines import START_SECONDS, execute, machines_work, make, new_spec
+from kit.machines import (
+    START_SECONDS,
+    execute,
+    kvm_machines_work,
+    machines_work,
+    make,
+    new_spec,
+)
 from kit.measure import interleave, seconds, start_report
 
 from voidbus.vm.channel import GuestChannel
 from voidbus.vm.kvm.machine import KvmMachine
-from voidbus.vm.kvm.support import kvm_support
 from voidbus.vm.machine import Machine, Mount
 from voidbus.vm.qemu.machine import QemuMachine
 
@@ -83,10 +89,7 @@ def sharing(
 
 def main() -> None:
     report, options = start_report(__file__, __doc__)
-    support = kvm_support()
-    if not support.works:
-        report.leave_out("machines of KVM", support.detail)
-    if not support.works or not machines_work(report):
+    if not kvm_machines_work(report) or not machines_work(report):
         report.write(options.results)
         return
     size, files, rounds = (2, 20, 1) if options.quick else (64, 500, 5)

@@ -20,6 +20,7 @@ from voidbus.vm.guest.frames import FrameDecoder, MessageType, encode_frame
 from voidbus.vm.guest.handshake import EVERYTHING, encode_ping
 from voidbus.vm.image.store import ImageError, default_store
 from voidbus.vm.image_machine import AGENT_PORT, ImageMachine
+from voidbus.vm.kvm.support import kvm_support
 from voidbus.vm.machine import Machine, MachineSpec
 from voidbus.vm.qemu.command import command
 from voidbus.vm.qemu.devices import Devices
@@ -50,6 +51,14 @@ def machines_work(report: Report) -> bool:
     if why is not None:
         report.leave_out("QEMU machines", why)
     return why is None
+
+
+def kvm_machines_work(report: Report) -> bool:
+    """The same of machines of KVM."""
+    support = kvm_support()
+    if not support.works:
+        report.leave_out("machines of KVM", support.detail)
+    return support.works
 
 
 @contextlib.contextmanager

@@ -46,11 +46,19 @@ class Shared:
         self.device = VirtiofsdDevice(self.virtiofsd, "mount0", memory, ram.shared, patience=WAIT)
         self.driver = MmioDriver(self.device, ram)
         stack.callback(self.driver.close)
-        first, self._requests = DriverQueue(ram, SIZE), DriverQueue(ram, SIZE)
-        for queue in (first, self._requests):
-            stack.callback(queue.close)
-        self.driver.start([first, self._requests])
+        self._ram = ram
+        self._stack = stack
+        self._requests: DriverQueue
         self.client = FuseClient(self._send)
+        self.start()
+
+    def start(self) -> None:
+        """Start the driver and the session, or start them again."""
+        queues = [DriverQueue(self._ram, SIZE) for _ in range(2)]
+        for queue in queues:
+            self._stack.callback(queue.close)
+        self._requests = queues[1]
+        self.driver.start(queues)
         assert self.client.init()[0] == 7
 
     def _send(self, pieces: list[bytes], room: int) -> bytes:
@@ -263,12 +271,7 @@ def test_a_driver_that_resets_may_begin_another_session(
     shared = share(host, folder, ram, stack)
     shared.driver.write(0x70, 0)
     shared.driver.settled()
-    queues = [DriverQueue(ram, SIZE) for _ in range(2)]
-    for queue in queues:
-        stack.callback(queue.close)
-    shared.driver.start(queues)
-    shared._requests = queues[1]
-    shared.client.init()
+    shared.start()
     assert shared.client.content(shared.client.walk("f").node) == b"x"
     assert not shared.driver.failures
 
